@@ -1,0 +1,147 @@
+"""Every setting of a run, in one tree: what a preset fills, overrides change and a checkpoint carries."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from zsr.config.base import Config, Positive, Weight
+from zsr.config.plugins import PluginConfig, PluginField, Registry
+
+OBJECTIVES = Registry("objective", "zsr.objectives")
+ATTACKS = Registry("attack", "zsr.attacks")
+SCHEDULES = Registry("schedule", "zsr.attacks")
+TRACKERS = Registry("tracker", "zsr.tracking")
+
+Precision = Literal["fp32", "bf16"]
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]
+
+
+class ModelConfig(Config):
+    """Which CLIP is fine-tuned."""
+
+    name: str = "zsr:emoji-vit"
+    """An open_clip architecture (``ViT-B-32``), ``hf-hub:owner/repo``, ``local-dir:folder``, or ``zsr:`` + embedded name."""
+    pretrained: str | None = None
+    """open_clip's pretrained tag, or a weights file, for an architecture name; the other forms bring their weights."""
+    fast_attention: bool = True
+    """Replace open_clip's attention by an equal, contiguous one (same parameters, same result, fewer copies)."""
+
+
+class DataConfig(Config):
+    """Where images come from. A set is a folder, ``s3://bucket/prefix`` or ``zsr:emoji/train``, with its index.json."""
+
+    train: str = "zsr:emoji/train"
+    val: str = "zsr:emoji/val"
+    """Held-out classes or a held-out slice of the training data; selection never sees a test set."""
+    template: str | None = None
+    """Prompt with ``{}`` for the class name; the set's own first template when empty."""
+    num_workers: CountOrNone = 0
+    """Decoding processes per rank; 0 decodes in the training process."""
+    last_batch: Literal["drop", "complete"] = "drop"
+    """What becomes of the samples after the last full global batch: left out, or filled up with the epoch's first ones."""
+    shuffle_window: Count = 8
+    """Shards whose samples are mixed together; 1 shuffles inside each shard only."""
+    cache_dir: str | None = None
+    """Where shards from ``s3://`` are kept; a folder under the user's cache when empty."""
+
+
+class OptimConfig(Config):
+    """How weights move."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: Positive = 1e-4
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD's momentum; AdamW's first beta."""
+    weight_decay: Weight = 0.0
+    warmup_steps: CountOrNone = 0
+    decay: Literal["cosine", "constant"] = "cosine"
+    grad_clip: Weight = 0.0
+    """Largest gradient norm; 0 leaves gradients as they are."""
+
+
+class TrainConfig(Config):
+    """How long and how big."""
+
+    epochs: Count = 10
+    max_steps: CountOrNone = 0
+    """Stop after this many optimizer steps; 0 means all epochs. Schedules span what is really run."""
+    batch_size: Count = 128
+    """Global batch: it does not change with the number of workers."""
+    precision: Precision = "fp32"
+    """Of the encoder passes; weights, optimizer and losses stay fp32. There is no fp16: its attack gradients underflow."""
+    log_every: Count = 10
+    eval_every: CountOrNone = 0
+    """Steps between quick evaluations; 0 evaluates once, at the end."""
+    checkpoint_every: CountOrNone = 0
+    """Steps between checkpoints; 0 writes one at each evaluation."""
+    keep_checkpoints: Count = 2
+    num_threads: CountOrNone = 0
+    """CPU threads per worker; 0 leaves torch's choice."""
+
+
+class EvalConfig(Config):
+    """The quick evaluation inside training: clean and robust accuracy on the validation set."""
+
+    attack: Annotated[PluginConfig, PluginField(ATTACKS)] = Field(
+        default={"name": "pgd", "eps": "1/255", "step_size": "1/1020", "steps": 10}, validate_default=True
+    )
+    num_samples: CountOrNone = 512
+    """The first so many samples of the set's fixed order; 0 means all."""
+    batch_size: Count = 128
+
+
+class TrackingConfig(Config):
+    """Where metrics go. The tracker's own address comes from its usual environment variable when empty."""
+
+    name: Literal["null", "jsonl", "mlflow"] = "jsonl"
+    uri: str | None = None
+    experiment: str = "zsr"
+
+
+class LaunchConfig(Config):
+    """What the run asks of the cluster; ``zsr train --local`` ignores it."""
+
+    workers: Count = 1
+    cpus_per_worker: Positive = 1
+    gpus_per_worker: Weight = 0
+    storage: str = ".zsr/runs"
+    """Folder or ``s3://`` prefix for checkpoints."""
+    max_failures: CountOrNone = 2
+    """Worker failures survived from the last checkpoint; preemptions are not counted."""
+    gpu_hour_price: Weight = 0.0
+    """Price of one GPU-hour (CPU-hour without GPUs), for the cost columns."""
+
+
+class RunConfig(Config):
+    """One fine-tuning run."""
+
+    name: str = "run"
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    objective: Annotated[PluginConfig, PluginField(OBJECTIVES)] = Field(default="tima", validate_default=True)
+    attack: Annotated[PluginConfig, PluginField(ATTACKS)] = Field(default="pgd", validate_default=True)
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    tracking: TrackingConfig = TrackingConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> RunConfig:
+        if self.train.batch_size % self.launch.workers:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} cannot be shared equally by launch.workers="
+                f"{self.launch.workers}; make it a multiple of {self.launch.workers}"
+            )
+        return self
+
+    def digest(self) -> str:
+        """Sixteen hex digits that identify everything that can change the weights (not where or how it is run)."""
+        content = self.model_dump(exclude={"name", "tracking", "launch"}, mode="json")
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
