@@ -1,0 +1,7 @@
+"""RobustCLIP around open_clip, cached class prompts, loading and export."""
+
+from zsr.models.clip import ImageFeatures, RobustCLIP, load_model
+from zsr.models.export import export_open_clip
+from zsr.models.text import TextBank, class_embeddings
+
+__all__ = ["ImageFeatures", "RobustCLIP", "TextBank", "class_embeddings", "export_open_clip", "load_model"]

@@ -1,0 +1,65 @@
+"""The same attention as ``nn.MultiheadAttention``, without its copies.
+
+open_clip's blocks call ``nn.MultiheadAttention`` with batch-first tensors. Inside, torch transposes them to
+sequence-first, so the packed input projection runs on a non-contiguous tensor and becomes a batched product with copies
+before and after; on CPU that takes most of a ViT's time. Here one ``F.linear`` runs on the contiguous ``[B, L, E]`` tensor.
+
+Only the class of the module changes: parameters, their names and their order stay, so weights load and save unchanged.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ContiguousAttention(nn.MultiheadAttention):
+    """Self-attention on ``[B, L, E]``; anything beyond what CLIP's towers ask for goes to the parent class."""
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        plain = query is key and key is value and not need_weights and key_padding_mask is None
+        # A mask of three dimensions is laid out per head for the parent's own layout: leave it to the parent.
+        if not plain or (attn_mask is not None and attn_mask.dim() != 2):
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        batch, length, width = query.shape
+        packed = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+        # [3, B, heads, L, head width]: views, no copies; scaled_dot_product_attention takes strided input.
+        q, k, v = packed.view(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
+        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width)), None
+
+
+def use_fast_attention(module: nn.Module) -> int:
+    """Switch every self-attention inside ``module`` to :class:`ContiguousAttention`, in place.
+
+    Attention with separate key or value widths, added biases or sequence-first input keeps its own class.
+
+    Returns:
+        How many modules were switched.
+    """
+    switched = 0
+    for child in module.modules():
+        if (
+            type(child) is nn.MultiheadAttention
+            and child.batch_first
+            and child._qkv_same_embed_dim
+            and child.bias_k is None
+            and not child.add_zero_attn
+        ):
+            child.__class__ = ContiguousAttention
+            switched += 1
+    return switched

@@ -1,0 +1,273 @@
+"""RobustCLIP: open_clip with pixels in, unit embeddings out.
+
+Shapes: B images, C classes, K templates, D embedding width, E text width before projection, P patches, H x W pixels.
+
+Normalisation happens inside, so pixels are in [0, 1] for everyone outside and an epsilon means the same thing everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zsr.config.plugins import suggest
+from zsr.config.schema import ModelConfig, Precision
+from zsr.models.attention import use_fast_attention
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What one forward pass of the image tower gives.
+
+    Attributes:
+        embed_BD: unit embeddings, float32.
+        raw_BD: the same before normalisation, float32.
+        tokens_BPD: projected patch tokens, not normalised, float32; None unless asked for.
+    """
+
+    embed_BD: Tensor
+    raw_BD: Tensor
+    tokens_BPD: Tensor | None = None
+
+
+class ImageTower(nn.Module):
+    """Pixels in [0, 1] to embeddings: normalisation, open_clip's visual tower, projection of patch tokens."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, visual: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], precision: Precision) -> None:
+        super().__init__()
+        self.visual = visual
+        self.precision = precision
+        self.has_tokens = type(visual).__name__ == "VisionTransformer" and getattr(visual, "attn_pool", None) is None
+        if self.has_tokens:
+            # The tower then returns (pooled, patch tokens) from one pass; the tokens are a view, they cost nothing.
+            cast(Any, visual).output_tokens = True
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, image_BCHW: Tensor, tokens: bool = False) -> ImageFeatures:
+        """Encode images.
+
+        Args:
+            image_BCHW: float pixels in [0, 1] at the model's image size.
+            tokens: also return projected patch tokens, from the same pass.
+
+        Raises:
+            ValueError: tokens were asked of a tower that has none.
+        """
+        if tokens and not self.has_tokens:
+            raise ValueError(
+                f"{type(self.visual).__name__} has no patch tokens; choose a ViT without attention pooling, or an "
+                "objective that needs none"
+            )
+        bf16 = self.precision == "bf16"
+        with torch.autocast(image_BCHW.device.type, torch.bfloat16, enabled=bf16):
+            out = self.visual((image_BCHW - self.mean) / self.std)
+            raw, patches = out if self.has_tokens else (out, None)
+            tokens_BPD = self._project(patches) if tokens and patches is not None else None
+        raw = raw.float()
+        return ImageFeatures(F.normalize(raw, dim=-1), raw, None if tokens_BPD is None else tokens_BPD.float())
+
+    def _project(self, patches_BPE: Tensor) -> Tensor:
+        """Give patch tokens what the pooled token gets: the final norm (if pooling came before it) and projection."""
+        visual = cast(Any, self.visual)
+        if visual.final_ln_after_pool:
+            patches_BPE = visual.ln_post(patches_BPE)
+        return patches_BPE if visual.proj is None else patches_BPE @ visual.proj
+
+
+class RobustCLIP(nn.Module):
+    """A CLIP whose image tower, and the linear map at the end of its text tower, can be fine-tuned.
+
+    The text transformer itself stays frozen: class features before the last projection are computed once and cached
+    (zsr/models/text.py), so no step ever runs it.
+
+    Attributes:
+        arch: the name it was loaded by.
+        architecture: open_clip's model config, as an export writes it.
+        image_size: side of its square input, pixels.
+        image: the image tower (trainable).
+        text_projection: [E, D], the map that text tuning may change.
+        logit_scale: factor on cosines, 100 for OpenAI's models; frozen.
+        open_clip: the whole open_clip model; ``image.visual`` is part of it.
+        tokenizer: list of prompts -> LongTensor of token ids.
+    """
+
+    logit_scale: Tensor
+
+    def __init__(
+        self,
+        open_clip_model: nn.Module,
+        tokenizer: Any,
+        arch: str,
+        architecture: dict[str, Any],
+        precision: Precision = "fp32",
+    ) -> None:
+        super().__init__()
+        import open_clip
+
+        model = cast(Any, open_clip_model)
+        preprocess = open_clip.get_model_preprocess_cfg(model)
+        size = preprocess["size"]
+        self.arch = arch
+        self.architecture = architecture
+        self.image_size = int(size if isinstance(size, int) else size[0])
+        self.preprocess = preprocess
+        self.tokenizer = tokenizer
+        self.image = ImageTower(model.visual, tuple(preprocess["mean"]), tuple(preprocess["std"]), precision)
+        self.open_clip = model
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.text_projection = nn.Parameter(_text_projection(model).clone(), requires_grad=False)
+        self.register_buffer("logit_scale", model.logit_scale.detach().exp().reshape(()).clone(), persistent=False)
+        for parameter in self.image.parameters():
+            parameter.requires_grad_(True)
+
+    def encode_image(self, image_BCHW: Tensor, tokens: bool = False) -> ImageFeatures:
+        """See :meth:`ImageTower.forward`."""
+        features: ImageFeatures = self.image(image_BCHW, tokens=tokens)
+        return features
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str], chunk: int = 256) -> Tensor:
+        """Text features before the last projection, float32 ``[len(prompts), E]``, with the text tower in eval mode."""
+        owner = projection_owner(self.open_clip)
+        projection = owner.text_projection
+        was_training = self.open_clip.training
+        device = self.text_projection.device
+        self.open_clip.eval()
+        try:
+            if isinstance(projection, nn.Parameter):
+                owner.text_projection = None
+            parts = [
+                self.open_clip.encode_text(self.tokenizer(prompts[i : i + chunk]).to(device)).float()
+                for i in range(0, len(prompts), chunk)
+            ]
+        finally:
+            owner.text_projection = projection
+            self.open_clip.train(was_training)
+        return torch.cat(parts)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Everything fine-tuning can change, by name; what a checkpoint stores."""
+        state = {f"visual.{name}": value for name, value in self.image.visual.state_dict().items()}
+        return state | {"text_projection": self.text_projection.detach()}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Take over what :meth:`trained_state` gave.
+
+        Raises:
+            ValueError: names or shapes are those of another model.
+        """
+        mine = self.trained_state()
+        wrong = sorted(set(mine) ^ set(state)) or [name for name in mine if mine[name].shape != state[name].shape]
+        if wrong:
+            raise ValueError(
+                f"these weights do not fit {self.arch}: {len(wrong)} tensors differ, {wrong[0]} for one; "
+                "set model.name to the model they were trained from"
+            )
+        with torch.no_grad():
+            for name, value in mine.items():
+                value.copy_(state[name])
+
+
+def projection_owner(model: Any) -> Any:
+    """The module that holds ``text_projection``: the model itself (CLIP) or its text tower (CustomTextCLIP)."""
+    owner = model if hasattr(model, "text_projection") else model.text
+    if not hasattr(owner, "text_projection"):
+        owner.text_projection = None  # Hugging Face towers project inside; zsr's own map starts as the identity
+    return owner
+
+
+def _text_projection(model: Any) -> Tensor:
+    """The text side's last linear map as ``[E, D]``; identity where the tower's own cannot be taken out."""
+    projection = projection_owner(model).text_projection
+    if isinstance(projection, nn.Parameter):
+        return projection.detach().float()
+    width = int(model.visual.output_dim)
+    return torch.eye(width)
+
+
+RANDOM = "random"  # value of model.pretrained that asks for random weights: never the result of forgetting it
+
+
+def load_model(config: ModelConfig, precision: Precision = "fp32", device: str | torch.device = "cpu") -> RobustCLIP:
+    """Load any open_clip model, or an embedded one, as a :class:`RobustCLIP`.
+
+    Raises:
+        ValueError: unknown name, or no such weights.
+    """
+    import open_clip
+
+    name, pretrained = config.name, config.pretrained
+    if name.startswith("zsr:"):
+        folder = _embedded_folder(name.removeprefix("zsr:"))
+        architecture, model = _load_embedded(folder)
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    else:
+        if ":" not in name:
+            _check_architecture(name, pretrained)
+        tag = None if pretrained == RANDOM else pretrained
+        try:
+            model = open_clip.create_model(name, pretrained=tag, require_pretrained=pretrained != RANDOM)
+            tokenizer = open_clip.get_tokenizer(name)
+            architecture = _architecture(name, model)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise ValueError(f"model.name={name} model.pretrained={pretrained}: cannot be loaded: {error}") from error
+    if config.fast_attention:
+        use_fast_attention(model)
+    return RobustCLIP(model, tokenizer, name, architecture, precision).to(device)
+
+
+def _check_architecture(name: str, pretrained: str | None) -> None:
+    import open_clip
+
+    if name not in open_clip.list_models():
+        raise ValueError(f"model.name={name}: is not an open_clip model{suggest(name, open_clip.list_models())}")
+    if pretrained is None:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none of its own; give a weights file"
+        raise ValueError(f"model.pretrained: {name} needs a tag ({tags}), a weights file, or {RANDOM!r}")
+
+
+def _architecture(name: str, model: nn.Module) -> dict[str, Any]:
+    """open_clip's config of a model it made, with what loading may have changed written in."""
+    import open_clip
+    from open_clip.transformer import QuickGELU
+
+    architecture: dict[str, Any] = dict(open_clip.get_model_config(name))
+    if any(isinstance(module, QuickGELU) for module in model.modules()):
+        architecture["quick_gelu"] = True  # OpenAI's weights switch it on, whatever the architecture's file says
+    return architecture
+
+
+def _embedded_folder(name: str) -> Path:
+    folder = EMBEDDED / name
+    if not (folder / "open_clip_config.json").is_file():
+        known = [path.parent.name for path in EMBEDDED.glob("*/open_clip_config.json")]
+        raise ValueError(f"model.name=zsr:{name}: is not an embedded model{suggest(name, known)}")
+    return folder
+
+
+def _load_embedded(folder: Path) -> tuple[dict[str, Any], nn.Module]:
+    import open_clip
+    from open_clip.transform import PreprocessCfg
+
+    from zsr.models.compact import load_compact
+
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    architecture: dict[str, Any] = config["model_cfg"]
+    model = open_clip.CLIP(**architecture)
+    size = architecture["vision_cfg"]["image_size"]
+    open_clip.set_model_preprocess_cfg(model, vars(PreprocessCfg()) | {"size": (size, size)} | config["preprocess_cfg"])
+    model.load_state_dict(load_compact(folder / "model.safetensors"))
+    return architecture, model
