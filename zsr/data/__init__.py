@@ -1,0 +1,1 @@
+"""Images and labels: shards, their index, the order they are read in, and batches of uint8 pixels."""

@@ -1,0 +1,250 @@
+"""Batches of uint8 pixels from a set of shards, in an order that the plan fixes and nothing else changes.
+
+One request is one batch of one rank. With ``num_workers > 0`` whole batches are decoded in processes and handed over in
+request order, so the stream is the same with any number of workers. Sample ids travel to the workers, images come back
+through shared memory (a container needs ``/dev/shm`` for ``num_workers * 2`` batches).
+
+    for position, batch in train_batches(shards, seed=0, global_batch=128, ..., start=checkpoint.position):
+        ...  # `position` is what the next checkpoint stores
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from zsr.data.decode import decode, read_label
+from zsr.data.plan import EpochPlan, Last, Position, check_share, count_steps
+from zsr.data.shards import ShardSet
+
+# The seed of the fixed order from which `num_samples` of a set are taken: not the run's seed, so that all runs are
+# evaluated on the same images.
+_SUBSET_SEED = 0
+
+# Longer than the storage layer's own retries, which give up first and say why. This one ends a hang that nobody foresaw.
+_WORKER_TIMEOUT_S = 1800
+
+
+@dataclass
+class Batch:
+    """Images (uint8 [B, 3, H, W], pixel values 0..255), labels (int64 [B]) and sample keys (B)."""
+
+    image: Tensor
+    label: Tensor
+    key: list[str]
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return Batch(
+            self.image.to(device, non_blocking=non_blocking), self.label.to(device, non_blocking=non_blocking), self.key
+        )
+
+    def pin_memory(self) -> Batch:
+        return Batch(self.image.pin_memory(), self.label.pin_memory(), self.key)
+
+
+def num_steps_per_epoch(shards: ShardSet, global_batch: int, last: Last = "drop") -> int:
+    """Steps in an epoch, the same on every rank.
+
+    Raises:
+        ValueError: the batch is larger than the set and the last batch is dropped.
+    """
+    return count_steps(len(shards), global_batch, last)
+
+
+def train_batches(
+    shards: ShardSet,
+    *,
+    seed: int,
+    global_batch: int,
+    last: Last = "drop",
+    window: int = 8,
+    image_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start: Position = Position(),
+    num_workers: int = 0,
+) -> Iterator[tuple[Position, Batch]]:
+    """This rank's batches from ``start`` on, without end.
+
+    Args:
+        shards: the set; stays usable by the caller.
+        seed: of the run; with the epoch it fixes the order.
+        global_batch: samples in a step over all ranks; this rank's batches hold ``global_batch / world_size``.
+        last: what becomes of an epoch's tail; see ``EpochPlan``.
+        window: shards whose samples are mixed.
+        image_size: side of the images, in pixels.
+        rank, world_size: this process among those that share the global batch.
+        start: the first step to do: the position that came with the last batch done, or the beginning.
+        num_workers: decoding processes; 0 decodes in this one.
+
+    Yields:
+        The position *after* the batch (what a checkpoint stores), and the batch.
+
+    Raises:
+        ValueError: the batch does not suit the set or the world size (at the call), or a sample cannot be decoded; the
+            sentence names set, shard and key.
+        OSError: a shard cannot be fetched.
+    """
+    check_share(global_batch, rank, world_size)
+    requests = _TrainRequests(shards.index.shard_sizes, seed, global_batch, last, window, rank, world_size, start)
+    shards.keep_open(2 * window)
+    return _read_ahead(shards, requests, image_size, num_workers)
+
+
+def eval_batches(
+    shards: ShardSet,
+    *,
+    image_size: int,
+    batch_size: int,
+    num_samples: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+) -> Iterator[Batch]:
+    """Every sample once, in a fixed order; rank r takes samples r, r + world_size, ... (ranks may differ by one sample).
+
+    Args:
+        shards: the set.
+        image_size: side of the images, in pixels.
+        batch_size: samples in one of this rank's batches; its last one may be smaller.
+        num_samples: take only so many, the same ones on every rank and in every run; 0 takes all.
+        rank, world_size: this process among those that share the work.
+        num_workers: decoding processes; 0 decodes in this one.
+
+    Raises:
+        ValueError, OSError: as in ``train_batches``.
+    """
+    if batch_size < 1:
+        raise ValueError(f"eval.batch_size={batch_size} must be at least 1")
+    check_share(world_size, rank, world_size)
+    ids = subset_ids(len(shards), num_samples)[rank::world_size]
+    requests = _EvalRequests([ids[i : i + batch_size] for i in range(0, len(ids), batch_size)])
+    return (batch for _, batch in _read_ahead(shards, requests, image_size, num_workers))
+
+
+def subset_ids(total: int, num_samples: int) -> np.ndarray:
+    """int64 [min(num_samples, total)] ids of the fixed subset, ascending so that each shard is visited once."""
+    if num_samples <= 0 or num_samples >= total:
+        return np.arange(total, dtype=np.int64)
+    # A plan of one window is a permutation of everything; its head is the subset, and grows with num_samples.
+    return np.sort(EpochPlan([total], _SUBSET_SEED, 0, total, window=1).order[:num_samples])
+
+
+class _TrainRequests(Sampler[tuple[Position, np.ndarray]]):
+    """Endless (position after, sample ids) of one rank."""
+
+    def __init__(
+        self, sizes: list[int], seed: int, global_batch: int, last: Last, window: int, rank: int, world_size: int, start: Position
+    ) -> None:
+        self.sizes, self.seed, self.global_batch, self.last, self.window = sizes, seed, global_batch, last, window
+        self.rank, self.world_size = rank, world_size
+        num_steps = self.plan(0).num_steps
+        self.start = start.after(0, num_steps)  # the end of one epoch is the beginning of the next
+
+    def plan(self, epoch: int) -> EpochPlan:
+        return EpochPlan(self.sizes, self.seed, epoch, self.global_batch, self.last, self.window)
+
+    def __iter__(self) -> Iterator[tuple[Position, np.ndarray]]:
+        position = self.start
+        while True:
+            plan = self.plan(position.epoch)
+            for step in range(position.step, plan.num_steps):
+                position = position.after(1, plan.num_steps)
+                yield position, plan.rank_ids(step, self.rank, self.world_size)
+
+
+class _EvalRequests(Sampler[tuple[Position, np.ndarray]]):
+    def __init__(self, batches: list[np.ndarray]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[tuple[Position, np.ndarray]]:
+        for step, ids in enumerate(self.batches):
+            yield Position(0, step + 1), ids
+
+
+class _Reader(Dataset[Any]):
+    """Reads and decodes one request. A fault is returned, not raised: the loader would bury its sentence in a traceback."""
+
+    def __init__(self, shards: ShardSet, image_size: int) -> None:
+        self.shards, self.image_size = shards, image_size
+
+    def __getitem__(self, request: tuple[Position, np.ndarray]) -> tuple[Position, Batch] | Exception:
+        position, ids = request
+        try:
+            return position, read_batch(self.shards, ids, self.image_size)
+        except (ValueError, OSError) as fault:
+            return fault
+
+
+def read_batch(shards: ShardSet, ids: np.ndarray, image_size: int) -> Batch:
+    """The samples with these ids, in this order.
+
+    Raises:
+        ValueError: a sample cannot be decoded, or its label is no class of the set.
+        OSError: a shard cannot be fetched.
+    """
+    image = np.empty((len(ids), 3, image_size, image_size), dtype=np.uint8)
+    label = np.empty(len(ids), dtype=np.int64)
+    keys = []
+    for place, sample in enumerate(ids.tolist()):
+        raw = shards.read(sample)
+        try:
+            label[place] = read_label(raw.parts)
+            image[place] = decode(raw.parts, image_size)
+            if not 0 <= label[place] < len(shards.classes):
+                raise ValueError(f"the label {label[place]} is none of the set's {len(shards.classes)} classes")
+        except ValueError as fault:
+            file = shards.index.shards[shards.locate(sample)[0]].file
+            raise ValueError(f"sample {raw.key!r} in shard {file} of {shards.address}: {fault}") from None
+        keys.append(raw.key)
+    return Batch(torch.from_numpy(image), torch.from_numpy(label), keys)
+
+
+def _read_ahead(
+    shards: ShardSet, requests: Sampler[tuple[Position, np.ndarray]], image_size: int, num_workers: int
+) -> Iterator[tuple[Position, Batch]]:
+    loader = DataLoader(
+        _Reader(shards, image_size),
+        sampler=requests,
+        batch_size=None,  # a request is a batch already
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        # Forked workers see the index without a copy and start in milliseconds. They touch neither the accelerator nor
+        # torch's thread pool, the two things that do not survive a fork.
+        multiprocessing_context="fork" if num_workers else None,
+        worker_init_fn=_start_worker if num_workers else None,
+        timeout=_WORKER_TIMEOUT_S if num_workers else 0,
+        pin_memory=bool(num_workers) and torch.cuda.is_available(),
+        # The loader draws a seed for its workers; from the global stream that would change the training run.
+        generator=torch.Generator(),
+    )
+    iterator = iter(loader)
+    try:
+        for answer in iterator:
+            if isinstance(answer, Exception):
+                raise answer
+            position, batch = answer
+            yield position, batch
+    finally:
+        del iterator  # ends the workers now rather than when the garbage collector comes by
+
+
+def _as_is(answer: Any) -> Any:
+    return answer
+
+
+def _start_worker(worker: int) -> None:
+    # The trainer's handlers (preemption, Ctrl-C) came along with the fork: a worker that swallowed SIGTERM could not be
+    # ended, and one that answered Ctrl-C would print a traceback of its own.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,120 @@
+"""Where a set lies: a folder, ``s3://bucket/prefix``, or ``zsr:name/split`` for the sets inside this package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from zsr.data.index import INDEX_FILE, Shard
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+class Storage(ABC):
+    """A place with an index and shards. ``address`` may be printed: it never holds credentials."""
+
+    address: str
+
+    @abstractmethod
+    def read_text(self, name: str) -> str:
+        """Content of a small file, such as index.json.
+
+        Raises:
+            ValueError: there is no such file, or no access to it; the sentence says what to do.
+        """
+
+    @abstractmethod
+    def fetch(self, shard: Shard) -> Path:
+        """A local file with the shard's content, downloaded and checked first where the set is remote.
+
+        Raises:
+            ValueError: the shard is missing, inaccessible or not what the index describes.
+            OSError: the transfer kept failing.
+        """
+
+    @abstractmethod
+    def put(self, local: Path, name: str) -> None:
+        """Store a copy of a local file under ``name``; readers see it whole or not at all."""
+
+
+class LocalStorage(Storage):
+    """A folder; shards are read in place."""
+
+    def __init__(self, folder: Path, address: str | None = None) -> None:
+        self.folder = folder
+        self.address = address or str(folder)
+
+    def read_text(self, name: str) -> str:
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ValueError(f"the set {self.address} has no {name}; {_what_is_there(self.folder)}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{name} of the set {self.address} cannot be read: {error}") from None
+
+    def fetch(self, shard: Shard) -> Path:
+        path = self.folder / shard.file
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise ValueError(f"shard {shard.file} of the set {self.address} is missing") from None
+        # The checksum of a file on disk is `zsr data verify`'s business; its size costs nothing and finds a torn copy.
+        if size != shard.bytes:
+            raise ValueError(f"shard {shard.file} of the set {self.address} has {size} bytes, the index says {shard.bytes}")
+        return path
+
+    def put(self, local: Path, name: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f".{name}.{os.getpid()}.part"
+        shutil.copyfile(local, partial)
+        os.replace(partial, self.folder / name)
+
+
+def open_storage(address: str | Path, cache_dir: str | Path | None = None) -> Storage:
+    """The storage behind an address.
+
+    Args:
+        address: folder, ``s3://bucket/prefix`` or ``zsr:name/split``.
+        cache_dir: where remote shards are kept; ``$ZSR_CACHE`` or ``~/.cache/zsr`` when empty. Processes of one machine
+            that name the same folder share its files.
+
+    Raises:
+        ValueError: the address has an unknown form.
+    """
+    text = str(address)
+    if text.startswith("s3://"):
+        from zsr.data.s3 import S3Storage  # boto3 is an optional extra
+
+        return S3Storage(text, default_cache(cache_dir))
+    if text.startswith("zsr:"):
+        return LocalStorage(_embedded(text), text)
+    if "://" in text:
+        raise ValueError(f"a set's address is a folder, s3://bucket/prefix or zsr:name/split, not {text.split('://')[0]}://...")
+    return LocalStorage(Path(text).expanduser())
+
+
+def default_cache(cache_dir: str | Path | None) -> Path:
+    chosen = cache_dir or os.environ.get("ZSR_CACHE") or "~/.cache/zsr"
+    return Path(chosen).expanduser() / "shards"
+
+
+def embedded_sets() -> list[str]:
+    """Addresses of the sets inside this package."""
+    return sorted(f"zsr:{file.parent.relative_to(EMBEDDED).as_posix()}" for file in EMBEDDED.glob(f"**/{INDEX_FILE}"))
+
+
+def _embedded(address: str) -> Path:
+    if address not in embedded_sets():
+        raise ValueError(f"there is no embedded set {address}; there are {', '.join(embedded_sets()) or 'none'}")
+    return EMBEDDED / address.removeprefix("zsr:")
+
+
+def _what_is_there(folder: Path) -> str:
+    if not folder.is_dir():
+        return "there is no such folder"
+    if any((child / INDEX_FILE).exists() for child in folder.iterdir() if child.is_dir()):
+        splits = sorted(child.name for child in folder.iterdir() if (child / INDEX_FILE).exists())
+        return f"its subfolders are sets: {', '.join(splits)}"
+    return "`zsr data convert` makes a set from a folder of images"
