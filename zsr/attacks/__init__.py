@@ -1,0 +1,1 @@
+"""What is maximised: the threat model, attacks and epsilon schedules."""
