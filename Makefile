@@ -1,0 +1,56 @@
+# zsr: `make help` lists what can be done here. Everything runs in .venv, which the first target that needs it creates.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.zsr-setup
+# Two test processes; tests that start Ray share one group and so run one at a time.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo down test test-slow test-all lint format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv with the pinned versions (a few minutes, once)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null 2>&1 || { \
+	  echo "zsr needs Python 3.11, and there is no '$(PYTHON)' here." >&2; \
+	  echo "Install it, or name another 3.11 or 3.12: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "zsr needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version)." >&2; exit 1; }
+	@echo "==> setting up $(VENV): torch, ray and mlflow are large, so this takes a few minutes"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt -e ".[all,dev]"
+	@touch $@
+
+demo: $(STAMP) ## Run the TIMA sweep on the embedded images: local Ray, MLflow, table of trials
+	@$(BIN)/python -m zsr.launch.demo up
+
+down: ## Stop the Ray head and the MLflow server that `make demo` started
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m zsr.launch.demo down; else echo "nothing to stop: no $(VENV) yet"; fi
+
+test: $(STAMP) ## Run the default tests (under 10 minutes on two cores)
+	$(PYTEST) -m "not slow"
+
+test-slow: $(STAMP) ## Run only the slow tests
+	$(PYTEST) -m slow
+
+test-all: $(STAMP) ## Run every test
+	$(PYTEST)
+
+lint: $(STAMP) ## Check style, types and which room imports which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## Put the code into the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove caches and build output; runs under .zsr and the environment stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
