@@ -24,9 +24,9 @@ def make_image(number: int, height: int, width: int) -> np.ndarray:
 
 
 def encode_image(image: np.ndarray, extension: str) -> bytes:
-    options = {"jpg": {"format": "JPEG", "quality": 92}, "webp": {"format": "WEBP", "lossless": True}, "png": {"format": "PNG"}}
+    format = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG"}[extension]
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, **options[extension])
+    Image.fromarray(image).save(buffer, format=format, quality=92, lossless=True)  # each format takes what it knows
     return buffer.getvalue()
 
 

@@ -38,7 +38,8 @@ def decode(parts: Mapping[str, bytes], image_size: int) -> np.ndarray:
         if extension in parts:
             pixels = _decode_jpeg(parts[extension]) if extension in JPEG else _decode_pillow(parts[extension])
             return np.ascontiguousarray(resize_crop(pixels, image_size).transpose(2, 0, 1))
-    raise ValueError(f"no image among the parts ({', '.join(sorted(parts)) or 'none'}); expected one of {', '.join(EXTENSIONS)}")
+    found = ", ".join(sorted(parts)) or "none"
+    raise ValueError(f"no image among the parts ({found}); expected one of {', '.join(EXTENSIONS)}")
 
 
 def read_label(parts: Mapping[str, bytes]) -> int:

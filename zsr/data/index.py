@@ -78,7 +78,8 @@ def parse_index(text: str, address: str) -> ShardIndex:
     try:
         return ShardIndex.model_validate_json(text)
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or 'index'}: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()[:5]
-        )
-        raise ValueError(f"{INDEX_FILE} of the set {address} is not usable: {faults}") from None
+        faults = [
+            ".".join(map(str, fault["loc"])) + ": " * bool(fault["loc"]) + fault["msg"].removeprefix("Value error, ")
+            for fault in error.errors()[:5]
+        ]
+        raise ValueError(f"{INDEX_FILE} of the set {address} is not usable: {'; '.join(faults)}") from None

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from zsr.data.decode import decode, read_label
-from zsr.data.plan import EpochPlan, Last, Position, check_share, count_steps
+from zsr.data.plan import BEGIN, EpochPlan, Last, Position, check_share, count_steps
 from zsr.data.shards import ShardSet
 
 # The seed of the fixed order from which `num_samples` of a set are taken: not the run's seed, so that all runs are
@@ -71,7 +71,7 @@ def train_batches(
     image_size: int,
     rank: int = 0,
     world_size: int = 1,
-    start: Position = Position(),
+    start: Position = BEGIN,
     num_workers: int = 0,
 ) -> Iterator[tuple[Position, Batch]]:
     """This rank's batches from ``start`` on, without end.
@@ -144,8 +144,9 @@ class _TrainRequests(Sampler[tuple[Position, np.ndarray]]):
     """Endless (position after, sample ids) of one rank."""
 
     def __init__(
-        self, sizes: list[int], seed: int, global_batch: int, last: Last, window: int, rank: int, world_size: int, start: Position
-    ) -> None:
+        self, sizes: list[int], seed: int, global_batch: int, last: Last, window: int,
+        rank: int, world_size: int, start: Position,
+    ) -> None:  # fmt: skip
         self.sizes, self.seed, self.global_batch, self.last, self.window = sizes, seed, global_batch, last, window
         self.rank, self.world_size = rank, world_size
         num_steps = self.plan(0).num_steps
@@ -248,3 +249,6 @@ def _start_worker(worker: int) -> None:
     # ended, and one that answered Ctrl-C would print a traceback of its own.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    info = get_worker_info()
+    assert info is not None and isinstance(info.dataset, _Reader)
+    info.dataset.shards.reopen()

@@ -45,6 +45,9 @@ class Position:
         return Position(*divmod(batch, num_steps))
 
 
+BEGIN = Position()
+
+
 def count_steps(num_samples: int, global_batch: int, last: Last = "drop") -> int:
     """Global batches in an epoch.
 
@@ -52,7 +55,7 @@ def count_steps(num_samples: int, global_batch: int, last: Last = "drop") -> int
         ValueError: a size is below one, or dropping the last batch would leave none.
     """
     if num_samples < 1 or global_batch < 1:
-        raise ValueError(f"an epoch needs samples and a batch size, not num_samples={num_samples} and global_batch={global_batch}")
+        raise ValueError(f"an epoch needs samples and a batch, not num_samples={num_samples} and global_batch={global_batch}")
     if last == "complete":
         return -(-num_samples // global_batch)
     if last != "drop":
@@ -140,6 +143,7 @@ def check_share(global_batch: int, rank: int, world_size: int) -> int:
         raise ValueError(f"rank={rank} does not exist among world_size={world_size} ranks")
     if global_batch % world_size:
         raise ValueError(
-            f"train.batch_size={global_batch} cannot be shared equally by {world_size} workers; make it a multiple of {world_size}"
+            f"train.batch_size={global_batch} cannot be shared equally by {world_size} workers; "
+            f"make it a multiple of {world_size}"
         )
     return global_batch // world_size

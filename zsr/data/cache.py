@@ -1,0 +1,89 @@
+"""Shards kept on this machine's disk, shared by all its processes: each is downloaded once and checked before it is used.
+
+A file appears under its final name only when its content has the checksum that the index promises, so a reader never needs
+to ask again. The name starts with that checksum: a set that was rewritten does not meet its old shards here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from zsr.data.index import Shard
+
+log = logging.getLogger(__name__)
+
+
+class ShardCache:
+    """A folder of downloaded shards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, shard: Shard, address: str, download: Callable[[Path], None]) -> Path:
+        """The shard's file; whoever comes first downloads it, the others wait for that.
+
+        Args:
+            shard: what is wanted.
+            address: of its set, for messages.
+            download: makes the given file complete. The file may hold the beginning already, left by a process that died:
+                the rest is enough, since the whole is checked afterwards.
+
+        Raises:
+            ValueError: what was downloaded is not what the index describes, twice.
+            OSError: the download failed, or the folder cannot be written.
+        """
+        path = self.folder / f"{shard.sha256[:16]}-{shard.file}"
+        if _is_whole(path, shard):
+            return path
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_name(path.name + ".lock")):
+            if _is_whole(path, shard):
+                return path
+            partial = path.with_name(path.name + ".part")
+            # Twice: a wrong beginning left by someone else, or bits flipped on the way, deserve one more try. A wrong
+            # object in the bucket stays wrong.
+            for _ in range(2):
+                download(partial)
+                found = file_sha256(partial)
+                if found == shard.sha256:
+                    os.replace(partial, path)
+                    return path
+                log.warning("event=shard_corrupt set=%s shard=%s sha256=%s", address, shard.file, found)
+                partial.unlink()
+        raise ValueError(
+            f"shard {shard.file} of {address} is corrupt: its sha256 is {found}, the index says {shard.sha256}; "
+            "store the shard again, or run `zsr data verify` on the original"
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_whole(path: Path, shard: Shard) -> bool:
+    # Content was checked before the file got this name; the size guards against a disk that lost data in a crash.
+    try:
+        return path.stat().st_size == shard.bytes
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock between processes and threads; the kernel frees it if its holder dies."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        # Unlocked by name, not by closing: a process forked meanwhile holds a copy of the descriptor.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
