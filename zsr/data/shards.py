@@ -167,9 +167,9 @@ def _plain_members(path: Path) -> list[tuple[str, int, int]]:
     """(name, offset, size) of the files in a tar with nothing but plain headers, else an empty list.
 
     Every loader process of a node scans every shard, so this must cost little beside decoding a few images; the tarfile
-    module takes twenty times as long, and is left the tars with long names, extended headers or damage.
+    module takes ten times as long, and is left the tars with long names, extended headers or damage.
     """
-    members = []
+    members: list[tuple[str, int, int]] = []
     with path.open("rb", buffering=0) as file:
         descriptor, end, at = file.fileno(), path.stat().st_size, 0
         while True:
@@ -188,7 +188,7 @@ def _plain_members(path: Path) -> list[tuple[str, int, int]]:
 
 
 def _any_members(path: Path, where: str) -> list[tuple[str, int, int]]:
-    members = []
+    members: list[tuple[str, int, int]] = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
