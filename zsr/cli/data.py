@@ -1,0 +1,92 @@
+"""``zsr data``: make, check and look at sets of shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Convert, verify and look at data sets.", no_args_is_help=True)
+
+Address = Annotated[str, typer.Argument(metavar="SET", help="Folder, s3://bucket/prefix, or such as zsr:emoji/train.")]
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images, one folder a class.")],
+    target: Annotated[str, typer.Argument(metavar="SET", help="Folder or s3://bucket/prefix to write.")],
+    name: Annotated[str | None, typer.Option("--name", help="The set's name; the folder's by default.")] = None,
+    template: Annotated[
+        str, typer.Option("--template", help="Prompt with {} for the class.")
+    ] = "This is a photo of a {}.",
+    shard_size: Annotated[int, typer.Option("--samples-per-shard", min=1)] = 1000,
+    image_size: Annotated[
+        int, typer.Option("--image-size", min=0, help="Shorter side after resizing; 0 keeps files.")
+    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the order in which samples are laid into shards.")] = 0,
+) -> None:
+    """Turn a folder of images into shards with an index."""
+    from zsr.data import convert as room
+
+    room.convert(
+        source,
+        target,
+        name=name,
+        templates=[template],
+        samples_per_shard=shard_size,
+        image_size=image_size,
+        seed=seed,
+    )
+    typer.echo(f"wrote {target}; check it with: zsr data verify {target}")
+
+
+@app.command()
+def verify(address: Address) -> None:
+    """Read every shard and compare it with the index."""
+    from zsr.data import convert as room
+
+    problems = room.verify(address)
+    for problem in problems or []:
+        typer.echo(problem, err=True)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{address}: every shard is what the index says")
+
+
+@app.command()
+def info(address: Address) -> None:
+    """Print what a set holds."""
+    from zsr.cli.output import print_pairs
+    from zsr.data.shards import ShardSet
+
+    shards = ShardSet(address)
+    index = shards.index
+    size = sum(shard.bytes for shard in index.shards) / 1e6
+    counts = index.class_counts
+    print_pairs(
+        address,
+        [
+            ("name", index.name),
+            ("images", str(len(shards))),
+            ("classes", f"{len(index.classes)}, with {min(counts)} to {max(counts)} images each"),
+            ("such as", ", ".join(index.classes[:6])),
+            ("templates", " | ".join(index.templates[:3])),
+            ("shards", f"{len(index.shards)}, {size:.1f} MB"),
+            ("licence", index.licence),
+            ("source", index.source),
+        ],
+    )
+
+
+@app.command()
+def sample(
+    address: Address,
+    out: Annotated[Path, typer.Option("--out", help="Picture to write.")] = Path("sample.png"),
+    seed: Annotated[int, typer.Option("--seed", help="Which images are taken.")] = 0,
+) -> None:
+    """Draw some of a set's images with their class names."""
+    from zsr.data import convert as room
+
+    room.sample(address, out, seed=seed)
+    typer.echo(f"wrote {out}")

@@ -1,0 +1,116 @@
+"""``zsr eval``: clean and robust zero-shot accuracy of one model on several sets and budgets, as a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def evaluate(
+    model: Annotated[str, typer.Option("--model", "-m", help="Checkpoint, run or exported folder, or a model's name.")],
+    data: Annotated[str, typer.Option("--data", help="Sets to evaluate on, separated by commas.")] = (
+        "zsr:emoji/test_both,zsr:emoji/test_style,zsr:emoji/test_concepts"
+    ),
+    eps: Annotated[
+        str, typer.Option("--eps", help="Budgets in pixel units, separated by commas.")
+    ] = "1/255,2/255,4/255",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of PGD.")] = 10,
+    step_size: Annotated[str | None, typer.Option("--step-size", help="Of PGD; a quarter of eps by default.")] = None,
+    norm: Annotated[str, typer.Option("--norm", help="linf or l2.")] = "linf",
+    restarts: Annotated[int, typer.Option("--restarts", min=1)] = 1,
+    num_samples: Annotated[int, typer.Option("--num-samples", min=0, help="Of each set; 0 takes all.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 128,
+    template: Annotated[
+        str | None, typer.Option("--template", help="Prompt with {}; each set's own first by default.")
+    ] = None,
+    pretrained: Annotated[
+        str | None, typer.Option("--pretrained", help="open_clip's tag, for an architecture name.")
+    ] = None,
+    precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16.")] = "fp32",
+    seed: Annotated[int, typer.Option("--seed", help="Of the attack's random starts.")] = 0,
+    device: Annotated[str | None, typer.Option("--device", help="cuda where there is one, else cpu.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the results, with their protocol, here.")
+    ] = None,
+) -> None:
+    """Evaluate a model under PGD and print a table."""
+    import torch
+
+    from zsr.cli.models import load_named
+    from zsr.cli.output import percent, print_table
+    from zsr.data.shards import ShardSet
+    from zsr.eval.zeroshot import evaluate as evaluate_set
+
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"--precision {precision}: should be fp32 or bf16")
+    if template is not None and "{}" not in template:
+        raise ValueError(f"--template {template!r}: needs {{}} where the class name goes")
+    budgets = _attacks(eps, steps, step_size, norm, restarts)
+    sets = [ShardSet(address.strip()) for address in data.split(",") if address.strip()]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    clip, trained_template = load_named(model, pretrained, device)
+
+    records: list[dict[str, Any]] = []
+    rows: list[list[str]] = []
+    for shards in sets:
+        prompt = template or trained_template or shards.templates[0]
+        cells: list[str] = []
+        for label, attack in budgets.items():
+            typer.echo(f"set={shards.address} eps={label} samples={num_samples or len(shards)}", err=True)
+            result = evaluate_set(
+                clip,
+                shards,
+                attack,
+                template=prompt,
+                num_samples=num_samples,
+                batch_size=batch_size,
+                seed=seed,
+                device=device,
+                precision=precision,
+            )
+            cells = cells or [shards.address, str(result.num_samples), percent(result.clean_acc)]
+            flag = f" ({100 * result.zero_grad_frac:.0f}% zero gradients)" if result.zero_grad_frac else ""
+            cells.append(f"{percent(result.robust_acc)}{flag}")
+            records.append({"data": shards.address, "eps": label, "template": prompt, **_as_dict(result)})
+        rows.append(cells)
+    header = ["set", "images", "clean", *(f"{norm} {label}" for label in budgets)]
+    print_table(f"{model}: accuracy in %, PGD-{steps}", header, rows)
+    if json_file is not None:
+        protocol = {
+            "model": model,
+            "image_size": clip.image_size,
+            "attacks": {label: attack.config.model_dump(mode="json") for label, attack in budgets.items()},
+            "batch_size": batch_size,
+            "precision": precision,
+            "seed": seed,
+        }
+        json_file.write_text(json.dumps({"protocol": protocol, "results": records}, indent=2) + "\n")
+
+
+def _attacks(eps: str, steps: int, step_size: str | None, norm: str, restarts: int) -> dict[str, Any]:
+    """One attack for each budget, by the text the user wrote it as."""
+    from zsr.config import ATTACKS
+    from zsr.config.base import parse_fraction
+
+    attacks: dict[str, Any] = {}
+    for label in (part.strip() for part in eps.split(",") if part.strip()):
+        try:
+            length = parse_fraction(step_size) if step_size else float(parse_fraction(label)) / 4
+        except ValueError:
+            raise ValueError(f"--eps {label}: should be a number or a fraction such as 2/255") from None
+        config = ATTACKS.config_class("pgd").model_validate(
+            {"name": "pgd", "eps": label, "step_size": length, "steps": steps, "norm": norm, "restarts": restarts}
+        )
+        attacks[label] = ATTACKS.build(config)
+    if not attacks:
+        raise ValueError("--eps: names no budget; write such as 1/255,4/255")
+    return attacks
+
+
+def _as_dict(result: Any) -> dict[str, Any]:
+    import dataclasses
+
+    return dataclasses.asdict(result)

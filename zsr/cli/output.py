@@ -1,0 +1,49 @@
+"""How commands speak: rich tables on a terminal, plain lines elsewhere, log lines of ``key=value`` on stderr."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+
+
+def log_to_stderr(level: int = logging.INFO) -> None:
+    """Show zsr's log lines, once."""
+    logger = logging.getLogger("zsr")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(level)
+
+
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table: first column to the left, the others to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for position, name in enumerate(header):
+        table.add_column(name, justify="left" if position == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    # Piped into a file a table must not be cut to the eighty columns that rich then assumes.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
+    """Print names and values below each other."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(name, value)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
