@@ -1,0 +1,151 @@
+"""Clean and robust zero-shot accuracy on a set, cheap enough to run inside training.
+
+It is also what ``zsr eval`` runs, with more samples and steps. Ranks share the samples; the only collective comes at the
+end, so no rank waits for another in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zsr.attacks.base import Attack, input_gradients_only
+from zsr.attacks.noise import sample_seeds
+from zsr.data.pipeline import eval_batches, subset_ids
+from zsr.data.shards import ShardSet
+from zsr.engine.distributed import sum_over_ranks
+from zsr.models import RobustCLIP, TextBank, class_embeddings
+
+Progress = Callable[[int, int], None]
+"""Called with (samples done, samples to do) on this rank."""
+
+_CLEAN, _ROBUST, _ZERO_GRAD, _COUNT = range(4)
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Accuracies in [0, 1].
+
+    Attributes:
+        robust_acc: share of samples classified right both before and after the attack; None without an attack.
+        zero_grad_frac: share of attacked samples whose input gradient was exactly zero at some step: 0 for a sound
+            attack on a sound model.
+    """
+
+    clean_acc: float
+    robust_acc: float | None
+    zero_grad_frac: float | None
+    num_samples: int
+    num_classes: int
+
+
+class ZeroShotHead:
+    """Unit class embeddings of a set and the model's scale: images to logits.
+
+    Args:
+        model: with the text map as it is now.
+        bank: the model's text bank.
+        class_names, templates: of the set.
+    """
+
+    def __init__(
+        self, model: RobustCLIP, bank: TextBank, class_names: Sequence[str], templates: Sequence[str]
+    ) -> None:
+        self.model = model
+        features_CKE = bank.features(class_names, templates)
+        self.text_CD = class_embeddings(features_CKE, model.text_projection).detach()
+
+    def __call__(self, image_BCHW: Tensor) -> Tensor:
+        """Logits ``[B, C]`` of pixels in [0, 1]."""
+        return self.model.logit_scale * self.model.encode_image(image_BCHW).embed_BD @ self.text_CD.T
+
+
+def evaluate(
+    head: ZeroShotHead,
+    shards: ShardSet,
+    attack: Attack | None = None,  # type: ignore[type-arg]
+    *,
+    num_samples: int = 0,
+    batch_size: int = 128,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Measure a zero-shot classifier on a set.
+
+    A sample counts as robust if it is right without and with the attack. Only samples that are right are attacked: the
+    others are lost already. The attack maximises cross-entropy, whatever the model was trained with.
+
+    Args:
+        num_samples: the head of the set's fixed subset order; 0 means all.
+        seed: of the attack's random starts; with the sample's key it fixes them.
+        rank, world_size: share the work; every rank gets the same result.
+
+    Raises:
+        ValueError, OSError: the set cannot be read.
+    """
+    device = head.text_CD.device
+    counts = torch.zeros(4, dtype=torch.float64, device=device)
+    mine = len(subset_ids(len(shards), num_samples)[rank::world_size])
+    done = 0
+    with input_gradients_only(head.model.image):
+        for batch in eval_batches(
+            shards,
+            image_size=head.model.image_size,
+            batch_size=batch_size,
+            num_samples=num_samples,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+        ):
+            image_BCHW, label_B = batch.image.to(device).float() / 255, batch.label.to(device)
+            with torch.no_grad():
+                right_B = head(image_BCHW).argmax(-1) == label_B
+            counts[_CLEAN] += right_B.sum()
+            counts[_COUNT] += len(batch)
+            if attack is not None:
+                robust_B, zero_B = _attack(head, attack, image_BCHW, label_B, batch.key, right_B, seed)
+                counts[_ROBUST] += robust_B.sum()
+                counts[_ZERO_GRAD] += zero_B.sum()
+            done += len(batch)
+            if progress is not None:
+                progress(done, mine)
+    clean, robust, zero_grad, count = sum_over_ranks(counts).tolist()
+    return EvalResult(
+        clean_acc=clean / count,
+        robust_acc=None if attack is None else robust / count,
+        zero_grad_frac=None if attack is None else zero_grad / max(clean, 1.0),
+        num_samples=int(count),
+        num_classes=len(head.text_CD),
+    )
+
+
+def _attack(
+    head: ZeroShotHead,
+    attack: Attack,  # type: ignore[type-arg]
+    image_BCHW: Tensor,
+    label_B: Tensor,
+    keys: Sequence[str],
+    right_B: Tensor,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """(still right, zero gradient) of the samples that are right to begin with."""
+    survivors = right_B.nonzero().flatten()
+    if not len(survivors):
+        return right_B[:0], right_B[:0]
+    image_BCHW, label_B = image_BCHW[survivors], label_B[survivors]
+
+    def loss(attacked_BCHW: Tensor) -> Tensor:
+        return F.cross_entropy(head(attacked_BCHW), label_B, reduction="none")
+
+    seeds = sample_seeds([keys[i] for i in survivors.tolist()], "eval", seed)
+    result = attack.perturb(loss, image_BCHW, seeds)
+    with torch.no_grad():
+        still_B = head(result.image_BCHW).argmax(-1) == label_B
+    return still_B, result.zero_grad_B

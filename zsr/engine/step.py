@@ -1,0 +1,127 @@
+"""One batch to one loss: the attack, the views and the objective.
+
+Shapes: B images, C classes, K templates, D embedding width, E text width before projection, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zsr.attacks.base import Attack, AttackResult, input_gradients_only
+from zsr.config.schema import ATTACKS, OBJECTIVES, RunConfig
+from zsr.models import ImageFeatures, RobustCLIP, TextBank, class_embeddings
+from zsr.models.clip import ImageTower
+from zsr.objectives.base import LossOutput, Objective, StepContext, View
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step gives: the loss to minimise and scalars for the meters (detached, on the device)."""
+
+    loss: LossOutput
+    scalars: dict[str, Tensor]
+
+
+class TrainStep:
+    """The forward half of a training step.
+
+    Args:
+        config: of the run.
+        model: what is trained. Its weights must still be the pre-trained ones: the frozen tower is copied from them.
+        bank: the model's text bank.
+        class_names: classes of the training set.
+        templates: prompts; several are averaged.
+
+    Raises:
+        ValueError: the objective needs patch tokens that this model does not have.
+    """
+
+    def __init__(
+        self, config: RunConfig, model: RobustCLIP, bank: TextBank, class_names: Sequence[str], templates: Sequence[str]
+    ) -> None:
+        self.model = model
+        self.objective: Objective = OBJECTIVES.build(config.objective)  # type: ignore[type-arg]
+        self.attack: Attack = ATTACKS.build(config.attack)  # type: ignore[type-arg]
+        if self.objective.needs_tokens and not model.image.has_tokens:
+            raise ValueError(
+                f"objective.name={config.objective.name}: needs patch tokens, and {model.arch} has none; choose a ViT"
+            )
+        model.text_projection.requires_grad_(self.objective.tunes_text)
+        self.frozen = self._copy_frozen()
+        self.features_CKE = bank.features(class_names, templates)
+        self.text0_CD = class_embeddings(self.features_CKE, model.text_projection.detach()).clone()
+        self.duplicate_CC = duplicates(self.text0_CD)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What the optimizer moves, in a fixed order."""
+        return [p for p in (*self.model.image.parameters(), self.model.text_projection) if p.requires_grad]
+
+    def __call__(self, image_BCHW: Tensor, label_B: Tensor, seeds: Sequence[int], progress: float) -> StepOutput:
+        """Attack the batch and compute the loss.
+
+        Args:
+            image_BCHW: float pixels in [0, 1].
+            label_B: class indices.
+            seeds: one per sample, for the attack's random start.
+            progress: of training, in [0, 1].
+        """
+        text_CD = class_embeddings(self.features_CKE, self.model.text_projection)
+        images: dict[View, Tensor] = {"clean": image_BCHW, "frozen_clean": image_BCHW}
+
+        def make_view(view: View) -> ImageFeatures:
+            assert view in self.objective.views, f"{self.objective.config.name} reads {view} without declaring it"
+            tokens = self.objective.needs_tokens
+            if view in ("adv", "clean"):
+                return self.model.encode_image(images[view], tokens)
+            assert self.frozen is not None
+            with torch.no_grad():
+                features: ImageFeatures = self.frozen(images[view], tokens)
+            return features
+
+        ctx = StepContext(
+            label_B, self.model.logit_scale, text_CD, self.text0_CD, self.duplicate_CC, make_view, progress
+        )
+        scalars: dict[str, Tensor] = {}
+        if self.objective.needs_attack:
+            attacked = self._attack(ctx, image_BCHW, seeds, progress)
+            images["adv"] = images["frozen_adv"] = attacked.image_BCHW
+            scalars["train/zero_grad_frac"] = attacked.zero_grad_B.double().mean()
+        loss = self.objective.loss(ctx)
+        scalars["train/loss"] = loss.total
+        scalars |= {f"train/term/{name}": term for name, term in loss.terms.items()}
+        for view, name in (("adv", "train/adv_acc"), ("clean", "train/clean_acc")):
+            if view in self.objective.views:
+                embed_BD = (ctx.adv if view == "adv" else ctx.clean).embed_BD.detach()
+                scalars[name] = (ctx.logits(embed_BD).argmax(-1) == label_B).double().mean()
+        return StepOutput(loss, scalars)
+
+    def _attack(self, ctx: StepContext, image_BCHW: Tensor, seeds: Sequence[int], progress: float) -> AttackResult:
+        tokens = self.objective.needs_tokens
+
+        def loss(image_BCHW: Tensor) -> Tensor:
+            return self.objective.attack_loss(ctx, self.model.encode_image(image_BCHW, tokens))
+
+        modules = [self.model.image] if self.frozen is None else [self.model.image, self.frozen]
+        with input_gradients_only(*modules):
+            return self.attack.perturb(loss, image_BCHW, seeds, progress)
+
+    def _copy_frozen(self) -> ImageTower | None:
+        if not self.objective.views & {"frozen_adv", "frozen_clean"}:
+            return None
+        frozen = copy.deepcopy(self.model.image)
+        frozen.requires_grad_(False)
+        frozen.eval()
+        return frozen
+
+
+def duplicates(text_CD: Tensor) -> Tensor:
+    """Bool ``[C, C]``: pairs of different classes whose embeddings coincide, as those of equal prompts do."""
+    same_CC = (2 - 2 * text_CD @ text_CD.T) < 1e-6
+    same_CC.fill_diagonal_(False)
+    return same_CC
