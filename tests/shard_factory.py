@@ -63,7 +63,8 @@ def make_shards(
 
     Args:
         folder: made if missing; returned.
-        shard_size: samples per shard, the last one taking the rest; or the size of each shard, which then fixes the number.
+        shard_size: samples per shard, the last one taking the rest; or the size of each shard, which then fixes the
+            number.
         image_size: side, or (height, width), in pixels.
         extension: "webp" or "png" (lossless) or "jpg".
     """

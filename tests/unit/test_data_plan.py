@@ -23,7 +23,8 @@ def plans(draw):
     sizes, last, world_size = draw(SIZES), draw(LAST), draw(st.integers(1, 5))
     global_batch = world_size * draw(st.integers(1, 12))
     assume(last == "complete" or global_batch <= sum(sizes))
-    return EpochPlan(sizes, draw(SEED), draw(st.integers(0, 99)), global_batch, last, draw(st.integers(1, 9))), world_size
+    epoch, window = draw(st.integers(0, 99)), draw(st.integers(1, 9))
+    return EpochPlan(sizes, draw(SEED), epoch, global_batch, last, window), world_size
 
 
 def all_ids(plan: EpochPlan) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Shards kept on this machine's disk, shared by all its processes: each is downloaded once and checked before it is used.
+"""Shards kept on this machine's disk, shared by all its processes: each is downloaded and checked once.
 
-A file appears under its final name only when its content has the checksum that the index promises, so a reader never needs
-to ask again. The name starts with that checksum: a set that was rewritten does not meet its old shards here.
+A file appears under its final name only when its content has the checksum that the index promises, so a reader never
+needs to ask again. The name starts with that checksum: a set that was rewritten does not meet its old shards here.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class ShardCache:
         Args:
             shard: what is wanted.
             address: of its set, for messages.
-            download: makes the given file complete. The file may hold the beginning already, left by a process that died:
-                the rest is enough, since the whole is checked afterwards.
+            download: makes the given file complete. The file may hold the beginning already, left by a process that
+                died: the rest is enough, since the whole is checked afterwards.
 
         Raises:
             ValueError: what was downloaded is not what the index describes, twice.

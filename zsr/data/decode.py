@@ -1,7 +1,7 @@
 """From stored bytes to pixels: uint8, RGB, shorter side resized, centre cropped.
 
-Pixels stay uint8 until they are on the device: converting to float and normalising costs half as much as decoding, and four
-times the memory on the way. Normalisation is the model's business.
+Pixels stay uint8 until they are on the device: converting to float and normalising costs half as much as decoding, and
+four times the memory on the way. Normalisation is the model's business.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def read_label(parts: Mapping[str, bytes]) -> int:
 
 
 def resize_crop(pixels_HWC: np.ndarray, image_size: int) -> np.ndarray:
-    """Shorter side to ``image_size`` (bicubic, antialiased), then the central square: uint8 [image_size, image_size, 3].
+    """Shorter side to ``image_size`` (bicubic, antialiased), then the central square: uint8 HWC.
 
-    The geometry, roundings included, is that of torchvision's Resize and CenterCrop, which open_clip uses. Only the pixels
-    inside the crop are computed, so single values may differ by one from resizing first and cropping then.
+    The geometry, roundings included, is that of torchvision's Resize and CenterCrop, which open_clip uses. Only the
+    pixels inside the crop are computed, so single values may differ by one from resizing first and cropping then.
     """
     height, width = pixels_HWC.shape[:2]
     if (height, width) == (image_size, image_size):
@@ -69,7 +69,8 @@ def resize_crop(pixels_HWC: np.ndarray, image_size: int) -> np.ndarray:
     resized_height, resized_width = (int(image_size * side / shorter) for side in (height, width))
     top, left = round((resized_height - image_size) / 2), round((resized_width - image_size) / 2)
     step_y, step_x = height / resized_height, width / resized_width
-    box = (left * step_x, top * step_y, min((left + image_size) * step_x, width), min((top + image_size) * step_y, height))
+    right, bottom = min((left + image_size) * step_x, width), min((top + image_size) * step_y, height)
+    box = (left * step_x, top * step_y, right, bottom)
     image = Image.fromarray(pixels_HWC).resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
     return np.asarray(image)
 

@@ -1,8 +1,8 @@
 """The index of a set of shards: what it holds, shard by shard, and what is needed to trust it.
 
-``index.json`` lies beside the shards. Shards are plain tar files in WebDataset's layout (``key.jpg`` and ``key.cls`` next to
-each other), so that other software reads them too; the index adds what a tar cannot say: class names, prompt templates, the
-number of samples (a plan needs it before any shard is read) and a checksum of each file.
+``index.json`` lies beside the shards. Shards are plain tar files in WebDataset's layout (``key.jpg`` and ``key.cls``
+next to each other), so that other software reads them too; the index adds what a tar cannot say: class names, prompt
+templates, the number of samples (a plan needs it before any shard is read) and a checksum of each file.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from zsr.data.shards import ShardSet
 # evaluated on the same images.
 _SUBSET_SEED = 0
 
-# Longer than the storage layer's own retries, which give up first and say why. This one ends a hang that nobody foresaw.
+# Longer than the storage layer's own retries, which give up first and say why. This one ends an unforeseen hang.
 _WORKER_TIMEOUT_S = 1800
 
 
@@ -111,7 +111,7 @@ def eval_batches(
     world_size: int = 1,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """Every sample once, in a fixed order; rank r takes samples r, r + world_size, ... (ranks may differ by one sample).
+    """Every sample once, in a fixed order; rank r takes samples r, r + world_size, ... (shares differ by one).
 
     Args:
         shards: the set.
@@ -174,7 +174,7 @@ class _EvalRequests(Sampler[tuple[Position, np.ndarray]]):
 
 
 class _Reader(Dataset[Any]):
-    """Reads and decodes one request. A fault is returned, not raised: the loader would bury its sentence in a traceback."""
+    """Decodes one request. A fault is returned: raised, it would reach the user inside the loader's traceback."""
 
     def __init__(self, shards: ShardSet, image_size: int) -> None:
         self.shards, self.image_size = shards, image_size
@@ -250,5 +250,6 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     info = get_worker_info()
-    assert info is not None and isinstance(info.dataset, _Reader)
+    assert info is not None
+    assert isinstance(info.dataset, _Reader)
     info.dataset.shards.reopen()

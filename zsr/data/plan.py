@@ -1,13 +1,13 @@
 """Which sample is seen when: a pure function of the shard sizes, the seed and the epoch.
 
-The order of an epoch is global. Ranks take contiguous slices of each global batch, so a run that goes on with another number
-of ranks or loader processes sees exactly the samples it would have seen, and resuming is arithmetic on ``Position``: nothing
-is read again to find the place.
+The order of an epoch is global. Ranks take contiguous slices of each global batch, so a run that goes on with another
+number of ranks or loader processes sees exactly the samples it would have seen, and resuming is arithmetic on
+``Position``: nothing is read again to find the place.
 
-Why windows: shuffling all samples freely would make every batch touch nearly every shard, which is fine on a local disk and
-ruinous over a network. So shards are shuffled, and samples are mixed inside windows of a few consecutive shards: at any time
-only one window (two at its edge) is being read, and each shard is fetched once per node and epoch. All nodes read the
-same window at the same time; that is the price of an order that does not know how many nodes there are.
+Why windows: shuffling all samples freely would make every batch touch nearly every shard, which is fine on a local disk
+and ruinous over a network. So shards are shuffled, and samples are mixed inside windows of a few consecutive shards: at
+any time only one window (two at its edge) is being read, and each shard is fetched once per node and epoch. All nodes
+read the same window at the same time; that is the price of an order that does not know how many nodes there are.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def count_steps(num_samples: int, global_batch: int, last: Last = "drop") -> int
         ValueError: a size is below one, or dropping the last batch would leave none.
     """
     if num_samples < 1 or global_batch < 1:
-        raise ValueError(f"an epoch needs samples and a batch, not num_samples={num_samples} and global_batch={global_batch}")
+        raise ValueError(f"an epoch needs samples and a batch, not {num_samples} samples in batches of {global_batch}")
     if last == "complete":
         return -(-num_samples // global_batch)
     if last != "drop":
         raise ValueError(f'data.last_batch={last!r} is not known; use "drop" or "complete"')
     if global_batch > num_samples:
         raise ValueError(
-            f"train.batch_size={global_batch} is larger than the set ({num_samples} samples), so dropping the last batch "
-            f'leaves none; lower it to {num_samples} or set data.last_batch="complete"'
+            f"train.batch_size={global_batch} is larger than the set ({num_samples} samples), so dropping the last "
+            f'batch leaves none; lower it to {num_samples} or set data.last_batch="complete"'
         )
     return num_samples // global_batch
 
@@ -76,8 +76,9 @@ class EpochPlan:
         seed: of the run.
         epoch: from 0; each has its own order.
         global_batch: samples in a step, over all ranks.
-        last: ``"drop"`` leaves the last ``num_samples % global_batch`` samples of this epoch's order out (other ones each
-            epoch, the order being new); ``"complete"`` adds one step for them, filled with the epoch's first samples.
+        last: ``"drop"`` leaves the last ``num_samples % global_batch`` samples of this epoch's order out (other ones
+            each epoch, the order being new); ``"complete"`` adds one step for them, filled with the epoch's first
+            samples.
         window: shards whose samples are mixed.
 
     Raises:
@@ -97,8 +98,8 @@ class EpochPlan:
     @cached_property
     def order(self) -> np.ndarray:
         """int64 [num_samples]: every sample id once, in the order of this epoch."""
-        # numpy promises that a bit generator's raw stream never changes; it does not promise that for Generator.permutation.
-        # Sorting raw bits keeps a checkpoint's order valid under any numpy.
+        # numpy promises that a bit generator's raw stream never changes; it does not promise that for
+        # Generator.permutation. Sorting raw bits keeps a checkpoint's order valid under any numpy.
         bits = np.random.Philox(key=np.array([self.seed, self.epoch], dtype=np.uint64))
         num_shards = len(self.shard_sizes)
         shard_order = np.argsort(bits.random_raw(num_shards), kind="stable")

@@ -1,8 +1,9 @@
 """Shards in object storage: downloads that survive cut connections and never hand over wrong bytes.
 
-A download that breaks goes on where it stopped, and only if the object is still the one it began with. Waiting times between
-tries grow and are random, so that a cluster does not come back in step. Credentials and endpoint are the AWS standard ones
-(environment, profile, role; ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL``); neither is written to a log or a message.
+A download that breaks goes on where it stopped, and only if the object is still the one it began with. Waiting times
+between tries grow and are random, so that a cluster does not come back in step. Credentials and endpoint are the AWS
+standard ones (environment, profile, role; ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL``); neither is written to a log
+or a message.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 15.0
 CHUNK_BYTES = 1 << 18
 
-_TRANSIENT_CODES = {"RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "Throttling", "ThrottlingException", "InternalError"}
+_TRANSIENT_CODES = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "InternalError"}
 
 
 class S3Storage(Storage):
@@ -46,8 +47,8 @@ class S3Storage(Storage):
         parts = urlsplit(address)
         if "@" in parts.netloc or ":" in parts.netloc:
             raise ValueError(
-                "an s3:// address is s3://bucket/prefix; credentials belong in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "the server in AWS_ENDPOINT_URL_S3"
+                "an s3:// address is s3://bucket/prefix; credentials belong in AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, the server in AWS_ENDPOINT_URL_S3"
             )
         if not parts.netloc:
             raise ValueError(f"an s3:// address is s3://bucket/prefix, not {address!r}")
@@ -96,7 +97,8 @@ class S3Storage(Storage):
 
     def _fetch_rest(self, shard: Shard, file: IO[bytes], etag: dict[str, str]) -> None:
         start = file.tell()
-        answer = self._client().get_object(Bucket=self.bucket, Key=self._key(shard.file), Range=f"bytes={start}-", **etag)
+        key, rest = self._key(shard.file), f"bytes={start}-"
+        answer = self._client().get_object(Bucket=self.bucket, Key=key, Range=rest, **etag)
         etag["IfMatch"] = answer["ETag"]
         size = start + answer["ContentLength"]
         if size != shard.bytes:
@@ -141,11 +143,12 @@ class S3Storage(Storage):
         what = f"{self.address}/{name}"
         if isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
             return ValueError(
-                f"no AWS credentials for {what}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (off AWS, "
-                "also AWS_EC2_METADATA_DISABLED=true, or each process first waits for a metadata server)"
+                f"no AWS credentials for {what}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE "
+                "(off AWS, also AWS_EC2_METADATA_DISABLED=true, or each process first waits for a metadata server)"
             )
         if not isinstance(error, exceptions.ClientError):
-            return ValueError(f"{what}: {type(error).__name__}") if isinstance(error, exceptions.BotoCoreError) else error
+            ours = not isinstance(error, exceptions.BotoCoreError)
+            return error if ours else ValueError(f"{what} cannot be reached: {type(error).__name__}")
         code, status = error_code(error)
         if code == "NoSuchBucket":
             return ValueError(f"there is no bucket {self.bucket!r} at this endpoint; check the address {self.address}")
@@ -189,7 +192,7 @@ def make_client() -> Any:
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=STALL_TIMEOUT_S,
         retries={"total_max_attempts": 1},
-        # Other servers than AWS seldom have a host name per bucket, and not all know AWS's newer checksums; ours is sha256.
+        # Other servers than AWS seldom have a host name per bucket, nor do all know AWS's newer checksums.
         s3={"addressing_style": "path" if has_own_endpoint else "auto"},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
@@ -204,8 +207,8 @@ def make_client() -> Any:
 
 def error_code(error: Any) -> tuple[str, int]:
     """S3's code and the HTTP status of a ClientError."""
-    response = error.response
-    return str(response.get("Error", {}).get("Code", "")), int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    code = error.response.get("Error", {}).get("Code", "")
+    return str(code), int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def is_transient(error: Exception) -> bool:

@@ -147,7 +147,7 @@ def scan(path: Path, shard: Shard, address: str) -> list[tuple[str, list[_Member
     """Key and member ranges of each sample of a tar file; members with one key follow each other.
 
     Raises:
-        ValueError: the file is no tar, is compressed or cut short, or holds another number of samples than the index says.
+        ValueError: the file is no tar, is compressed or cut short, or holds more or fewer samples than the index says.
     """
     where = f"shard {shard.file} of {address}"
     samples: list[tuple[str, list[_Member]]] = []

@@ -62,7 +62,7 @@ class LocalStorage(Storage):
             raise ValueError(f"shard {shard.file} of the set {self.address} is missing") from None
         # The checksum of a file on disk is `zsr data verify`'s business; its size costs nothing and finds a torn copy.
         if size != shard.bytes:
-            raise ValueError(f"shard {shard.file} of the set {self.address} has {size} bytes, the index says {shard.bytes}")
+            raise ValueError(f"shard {shard.file} of {self.address} has {size} bytes, the index says {shard.bytes}")
         return path
 
     def put(self, local: Path, name: str) -> None:
@@ -91,7 +91,8 @@ def open_storage(address: str | Path, cache_dir: str | Path | None = None) -> St
     if text.startswith("zsr:"):
         return LocalStorage(_embedded(text), text)
     if "://" in text:
-        raise ValueError(f"a set's address is a folder, s3://bucket/prefix or zsr:name/split, not {text.split('://')[0]}://...")
+        scheme = text.split("://")[0]  # the rest may hold a password
+        raise ValueError(f"a set's address is a folder, s3://bucket/prefix or zsr:name/split, not {scheme}://...")
     return LocalStorage(Path(text).expanduser())
 
 
