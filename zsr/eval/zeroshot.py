@@ -1,0 +1,127 @@
+"""One model on several sets under several attacks: the rows of ``zsr eval``.
+
+The measurement itself is the loop's own quick evaluation (zsr/engine/quick_eval.py), with more samples and steps. The
+strong attacks and result cards belong in this room too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zsr.attacks.base import Attack
+from zsr.data.shards import ShardSet
+from zsr.engine.quick_eval import ZeroShotHead, evaluate
+from zsr.models import RobustCLIP, TextBank
+
+Progress = Callable[[str, str, int, int], None]
+"""Called with (set, attack, samples done, samples to do)."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of ``num_samples`` in [0, 1] with its 95 % Wilson interval."""
+
+    value: float
+    num_samples: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_interval(self.value, self.num_samples)
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """One set.
+
+    Attributes:
+        chance: accuracy of guessing, 1 / classes.
+        template: the prompt that made the class embeddings.
+        robust: accuracy under each attack, by the attack's label.
+        zero_grad_frac: share of samples without an input gradient, by the attack's label; 0 unless something is wrong.
+    """
+
+    data: str
+    chance: float
+    template: str
+    clean: Accuracy
+    robust: Mapping[str, Accuracy]
+    zero_grad_frac: Mapping[str, float]
+
+
+def evaluate_sets(
+    model: RobustCLIP,
+    sets: Sequence[ShardSet],
+    attacks: Mapping[str, Attack[Any]],
+    *,
+    template: str | None = None,
+    num_samples: int = 0,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[EvalRow]:
+    """Measure clean and robust zero-shot accuracy on each set.
+
+    Args:
+        attacks: by label, such as ``{"2/255": PGD(...)}``; may be empty.
+        template: prompt for all sets; each set's own first one if None.
+        num_samples: of each set, the head of its fixed subset order; 0 means all.
+
+    Raises:
+        ValueError, OSError: a set cannot be read.
+    """
+    bank = TextBank(model)
+    rows = []
+    for shards in sets:
+        prompt = shards.templates[0] if template is None else template
+        head = ZeroShotHead(model, bank, shards.classes, [prompt])
+        results = {
+            label: evaluate(
+                head,
+                shards,
+                attack,
+                num_samples=num_samples,
+                batch_size=batch_size,
+                seed=seed,
+                progress=_named(progress, shards.address, label),
+            )
+            for label, attack in (attacks or {"clean": None}).items()
+        }
+        first = next(iter(results.values()))
+        rows.append(
+            EvalRow(
+                data=shards.address,
+                chance=1 / first.num_classes,
+                template=prompt,
+                clean=Accuracy(first.clean_acc, first.num_samples),
+                robust={
+                    label: Accuracy(result.robust_acc, result.num_samples)
+                    for label, result in results.items()
+                    if result.robust_acc is not None
+                },
+                zero_grad_frac={
+                    label: result.zero_grad_frac
+                    for label, result in results.items()
+                    if result.zero_grad_frac is not None
+                },
+            )
+        )
+    return rows
+
+
+def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a binomial share; sound at 0 and 1, where the usual one has no width."""
+    if count == 0:
+        return 0.0, 1.0
+    centre = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def _named(progress: Progress | None, data: str, label: str) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(data, label, done, total)
