@@ -1,4 +1,4 @@
-"""``zsr doctor``: one line for everything that a run needs from its surroundings, with what to do where it is missing."""
+"""``zsr doctor``: one line for each thing that a run needs from its surroundings, and what to do where it is missing."""
 
 from __future__ import annotations
 

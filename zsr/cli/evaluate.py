@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+
+class Precision(enum.StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Norm(enum.StrEnum):
+    linf = "linf"
+    l2 = "l2"
 
 
 def evaluate(
@@ -19,7 +31,7 @@ def evaluate(
     ] = "1/255,2/255,4/255",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of PGD.")] = 10,
     step_size: Annotated[str | None, typer.Option("--step-size", help="Of PGD; a quarter of eps by default.")] = None,
-    norm: Annotated[str, typer.Option("--norm", help="linf or l2.")] = "linf",
+    norm: Annotated[Norm, typer.Option("--norm")] = Norm.linf,
     restarts: Annotated[int, typer.Option("--restarts", min=1)] = 1,
     num_samples: Annotated[int, typer.Option("--num-samples", min=0, help="Of each set; 0 takes all.")] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 128,
@@ -29,7 +41,7 @@ def evaluate(
     pretrained: Annotated[
         str | None, typer.Option("--pretrained", help="open_clip's tag, for an architecture name.")
     ] = None,
-    precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16.")] = "fp32",
+    precision: Annotated[Precision, typer.Option("--precision", help="Of the encoder.")] = Precision.fp32,
     seed: Annotated[int, typer.Option("--seed", help="Of the attack's random starts.")] = 0,
     device: Annotated[str | None, typer.Option("--device", help="cuda where there is one, else cpu.")] = None,
     json_file: Annotated[
@@ -40,43 +52,48 @@ def evaluate(
     import torch
 
     from zsr.cli.models import load_named
-    from zsr.cli.output import percent, print_table
+    from zsr.cli.output import percent, print_table, progress_line
     from zsr.data.shards import ShardSet
-    from zsr.eval.zeroshot import evaluate as evaluate_set
+    from zsr.engine.quick_eval import ZeroShotHead
+    from zsr.engine.quick_eval import evaluate as evaluate_set
+    from zsr.models import TextBank
 
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"--precision {precision}: should be fp32 or bf16")
     if template is not None and "{}" not in template:
         raise ValueError(f"--template {template!r}: needs {{}} where the class name goes")
-    budgets = _attacks(eps, steps, step_size, norm, restarts)
+    budgets = _attacks(eps, steps, step_size, norm.value, restarts)
     sets = [ShardSet(address.strip()) for address in data.split(",") if address.strip()]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    clip, trained_template = load_named(model, pretrained, device)
+    clip, trained_template = load_named(model, pretrained, precision.value, device)
+    bank = TextBank(clip)
 
     records: list[dict[str, Any]] = []
     rows: list[list[str]] = []
     for shards in sets:
         prompt = template or trained_template or shards.templates[0]
+        head = ZeroShotHead(clip, bank, shards.classes, [prompt])
         cells: list[str] = []
         for label, attack in budgets.items():
-            typer.echo(f"set={shards.address} eps={label} samples={num_samples or len(shards)}", err=True)
             result = evaluate_set(
-                clip,
+                head,
                 shards,
                 attack,
-                template=prompt,
                 num_samples=num_samples,
                 batch_size=batch_size,
                 seed=seed,
-                device=device,
-                precision=precision,
+                progress=progress_line(f"{shards.address} eps={label}"),
             )
-            cells = cells or [shards.address, str(result.num_samples), percent(result.clean_acc)]
-            flag = f" ({100 * result.zero_grad_frac:.0f}% zero gradients)" if result.zero_grad_frac else ""
-            cells.append(f"{percent(result.robust_acc)}{flag}")
-            records.append({"data": shards.address, "eps": label, "template": prompt, **_as_dict(result)})
+            robust, zero = result.robust_acc or 0.0, result.zero_grad_frac or 0.0
+            cells = cells or [
+                shards.address,
+                str(result.num_samples),
+                str(result.num_classes),
+                percent(result.clean_acc),
+            ]
+            # Zero input gradients mean that the attack was blind there, not that the model is robust.
+            cells.append(percent(robust) + (f" ({100 * zero:.0f}% blind)" if zero else ""))
+            records.append({"data": shards.address, "eps": label, "template": prompt, **dataclasses.asdict(result)})
         rows.append(cells)
-    header = ["set", "images", "clean", *(f"{norm} {label}" for label in budgets)]
+    header = ["set", "images", "classes", "clean", *(f"{norm.value} {label}" for label in budgets)]
     print_table(f"{model}: accuracy in %, PGD-{steps}", header, rows)
     if json_file is not None:
         protocol = {
@@ -84,7 +101,7 @@ def evaluate(
             "image_size": clip.image_size,
             "attacks": {label: attack.config.model_dump(mode="json") for label, attack in budgets.items()},
             "batch_size": batch_size,
-            "precision": precision,
+            "precision": precision.value,
             "seed": seed,
         }
         json_file.write_text(json.dumps({"protocol": protocol, "results": records}, indent=2) + "\n")
@@ -108,9 +125,3 @@ def _attacks(eps: str, steps: int, step_size: str | None, norm: str, restarts: i
     if not attacks:
         raise ValueError("--eps: names no budget; write such as 1/255,4/255")
     return attacks
-
-
-def _as_dict(result: Any) -> dict[str, Any]:
-    import dataclasses
-
-    return dataclasses.asdict(result)

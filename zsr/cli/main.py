@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app(args=arguments, prog_name="zsr")
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ModuleNotFoundError) as error:
+    except Exception as error:
         sentences = explain(error)
         if os.environ.get("ZSR_DEBUG") == "1" or not sentences:
             raise
@@ -69,19 +69,25 @@ def explain(error: Exception) -> list[str]:
     if isinstance(error, ModuleNotFoundError):
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
         return [f"{error.name} is not installed; pip install 'zsr[{extra}]'"] if extra else []
-    if isinstance(error, OSError):
+    if isinstance(
+        error, FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError | PermissionError
+    ):
         return [f"{error.filename}: {error.strerror}" if error.filename else str(error)]
+    if type(error).__name__ == "Diverged":  # zsr.engine.loop, which only training imports
+        return [str(error)]
+    if not isinstance(error, ValueError):
+        return []
     problems = getattr(error, "problems", None)  # ConfigError, without importing pydantic for it
     if isinstance(problems, list):
         return problems
-    if hasattr(error, "errors") and "pydantic" in sys.modules:
+    if type(error).__name__ == "ValidationError":
         from pydantic import ValidationError
 
         from zsr.config.errors import describe_errors
 
         if isinstance(error, ValidationError):
             return describe_errors(error)
-    return [str(error)]
+    return [str(error) or type(error).__name__]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from zsr.config.schema import Precision
     from zsr.models.clip import RobustCLIP
 
 _STATE_FILE = "state.json"
@@ -32,7 +33,7 @@ def find_checkpoint(folder: Path) -> Path:
     return found[-1]
 
 
-def load_named(name: str, pretrained: str | None = None, device: str = "cpu") -> tuple[RobustCLIP, str | None]:
+def load_named(name: str, pretrained: str | None, precision: Precision, device: str) -> tuple[RobustCLIP, str | None]:
     """Load a checkpoint folder, an exported folder or a model name; return it with its training template, if known.
 
     Raises:
@@ -40,12 +41,15 @@ def load_named(name: str, pretrained: str | None = None, device: str = "cpu") ->
     """
     from zsr.config import ModelConfig
     from zsr.engine.checkpoint import load_trained
-    from zsr.models.clip import load_model
+    from zsr.models import load_model
 
     folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "open_clip_config.json").is_file():
+        model, config = load_trained(find_checkpoint(folder), device)
+        model.image.precision = precision
+        return model, config.data.template
     if folder.is_dir():
-        if (folder / "open_clip_config.json").is_file():
-            return load_model(ModelConfig(name=f"local-dir:{folder}"), device), None
-        model, config = load_trained(find_checkpoint(folder))
-        return model.to(device), config.data.template
-    return load_model(ModelConfig(name=name, pretrained=pretrained), device), None
+        name = f"local-dir:{folder}"
+    model = load_model(ModelConfig(name=name, pretrained=pretrained), precision, device)
+    model.eval()
+    return model, None

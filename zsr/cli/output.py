@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
@@ -43,6 +44,24 @@ def print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
     for name, value in pairs:
         table.add_row(name, value)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def progress_line(label: str) -> Callable[[int, int], None]:
+    """A callback for (done, to do) that keeps one line on stderr up to date; away from a terminal a line now and then."""
+    on_terminal = sys.stderr.isatty()
+    shown_at = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown_at
+        finished = done >= total
+        if not finished and time.monotonic() - shown_at < (0.2 if on_terminal else 20):
+            return
+        shown_at = time.monotonic()
+        line = f"{label} {done}/{total}"
+        sys.stderr.write(f"\r{line}\x1b[K" + "\n" * finished if on_terminal else f"{line}\n")
+        sys.stderr.flush()
+
+    return show
 
 
 def percent(fraction: float) -> str:

@@ -66,9 +66,10 @@ def _train_here(config: RunConfig, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     typer.echo(f"run={run_name(config)} folder={folder}", err=True)
+    session = LocalSession(folder, keep=config.train.keep_checkpoints)
     tracker = make_tracker(config.tracking, run_name=config.name, key={"run": folder.name}, folder=folder)
     try:
-        result = run_loop(config, LocalSession(folder, keep=config.train.keep_checkpoints), tracker)
+        result = run_loop(config, session, tracker)
     except KeyboardInterrupt:
         tracker.finish("KILLED")
         typer.echo(f"stopped; the same command continues from the latest checkpoint in {folder}", err=True)
@@ -77,7 +78,7 @@ def _train_here(config: RunConfig, folder: Path) -> None:
         tracker.finish("FAILED")
         raise
     tracker.finish("FINISHED")
-    _print_result(result.metrics, result.steps, result.checkpoint)
+    _print_result(result.metrics, result.steps, str(session.saved()[-1]))
 
 
 def _train_on_ray(config: RunConfig, output: Path | None, resume: bool) -> None:
@@ -87,7 +88,7 @@ def _train_on_ray(config: RunConfig, output: Path | None, resume: bool) -> None:
     _print_result(result.metrics, result.steps, result.checkpoint)
 
 
-def _print_result(metrics: dict[str, float], steps: int, checkpoint: Path | None) -> None:
+def _print_result(metrics: dict[str, float], steps: int, checkpoint: str | None) -> None:
     from zsr.cli.output import print_table
 
     rows = [[name, f"{value:.4g}"] for name, value in sorted(metrics.items()) if isinstance(value, int | float)]

@@ -23,7 +23,7 @@ def upload_size(folder: Path) -> tuple[int, list[tuple[str, int]]]:
 
 
 def ignored(path: Path, patterns: list[str], is_folder: bool = False) -> bool:
-    """Whether gitignore ``patterns`` leave ``path`` out; parents are taken as kept. The last pattern that fits decides."""
+    """Whether gitignore ``patterns`` leave ``path`` out, its parents being kept. The last pattern that fits decides."""
     out = False
     for pattern in patterns:
         negated = pattern.startswith("!")
