@@ -60,7 +60,8 @@ def resize_crop(pixels_HWC: np.ndarray, image_size: int) -> np.ndarray:
     """Shorter side to ``image_size`` (bicubic, antialiased), then the central square: uint8 HWC.
 
     The geometry, roundings included, is that of torchvision's Resize and CenterCrop, which open_clip uses. Only the
-    pixels inside the crop are computed, so single values may differ by one from resizing first and cropping then.
+    pixels inside the crop are computed, which is a quarter faster and may round differently: for some shapes a value
+    is one off (in rare cases two) from resizing first and cropping then.
     """
     height, width = pixels_HWC.shape[:2]
     if (height, width) == (image_size, image_size):
