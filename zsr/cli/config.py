@@ -10,7 +10,7 @@ app = typer.Typer(help="Show, compare and check configurations.", no_args_is_hel
 
 Source = Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="Name of a preset, or path of a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as attack.eps=2/255.", show_default=False)
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as attack.eps=2/255.", show_default=False)
 ]
 
 
@@ -42,7 +42,7 @@ def diff(
 
 @app.command()
 def validate(
-    sources: Annotated[list[str], typer.Argument(metavar="PRESET_OR_FILE...", help="As many as there are.")],
+    sources: Annotated[list[str], typer.Argument(metavar="PRESET_OR_FILE", help="As many as there are.")],
 ) -> None:
     """Check configurations; print one sentence for each thing that is wrong."""
     from zsr.config import ConfigError, load_config

@@ -11,7 +11,7 @@ _MARKS = {"ok": "[green]ok  [/green]", "warn": "[yellow]warn[/yellow]", "fail": 
 
 
 def doctor(
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
     preset: Annotated[str, typer.Option("--preset", "-p", help="The run that is to be made possible.")] = "default",
     ray_address: Annotated[
         str, typer.Option("--ray-address", envvar="RAY_API_SERVER_ADDRESS", help="Ray's dashboard.")

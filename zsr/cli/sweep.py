@@ -12,9 +12,7 @@ def sweep(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Such as sweeps/tima_sweep.py, or just tima.")],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[ARGUMENTS]...", help="Passed on: --num-trials 8 --dry-run --preset demo key=value ..."
-        ),
+        typer.Argument(metavar="ARGUMENTS", help="Passed on: --num-trials 8 --dry-run --preset demo key=value ..."),
     ] = None,
 ) -> None:
     """Run a sweep: many fine-tuning runs, searched by Optuna, compared in MLflow."""

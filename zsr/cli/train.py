@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,12 +15,13 @@ if TYPE_CHECKING:
 
 def train(
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as attack.eps=2/255 train.epochs=5.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as attack.eps=2/255 train.epochs=5.")
     ] = None,
     preset: Annotated[str, typer.Option("--preset", "-p", help="A preset's name, or a YAML file.")] = "default",
     local: Annotated[bool, typer.Option("--local", help="Train in this process, without Ray.")] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The run's folder; by default one named after its settings.")
+        Path | None,
+        typer.Option("--output", "-o", help="The run's folder; without --local, the folder of runs."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Continue from the folder's latest checkpoint.")
@@ -37,37 +40,46 @@ def train(
         return
     log_to_stderr()
     if local:
-        _train_here(config, _run_folder(config, output, resume))
+        _train_here(config, _run_folder(config, output, resume), resume)
     else:
         _train_on_ray(config, output, resume)
 
 
 def run_name(config: RunConfig) -> str:
     """Readable and the same for the same settings, so that the same command finds its run again."""
-    return f"{config.name}-{config.digest()[:8]}"
+    return f"{config.name}-{config.digest()}"
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """``name``, or the first of ``name-2``, ``name-3``, ... that is not taken."""
+    return next(
+        candidate
+        for number in itertools.count(1)
+        if (candidate := name if number == 1 else f"{name}-{number}") not in taken
+    )
 
 
 def _run_folder(config: RunConfig, output: Path | None, resume: bool) -> Path:
-    folder = output or Path(config.launch.storage) / run_name(config)
-    if resume or not (folder / "checkpoints").exists():
-        return folder
     if output is not None:
-        raise ValueError(f"--output {output}: holds a run's checkpoints; name another folder, or leave out --no-resume")
-    number = 2
-    while folder.with_name(f"{folder.name}-{number}").exists():
-        number += 1
-    return folder.with_name(f"{folder.name}-{number}")
+        return output
+    storage, name = Path(config.launch.storage), run_name(config)
+    if "://" in config.launch.storage:
+        raise ValueError(f"launch.storage={config.launch.storage}: --local writes to a folder; name one with --output")
+    if not resume and storage.is_dir():
+        name = free_name(name, [folder.name for folder in storage.iterdir()])
+    return storage / name
 
 
-def _train_here(config: RunConfig, folder: Path) -> None:
+def _train_here(config: RunConfig, folder: Path, resume: bool) -> None:
     from zsr.engine.loop import train as run_loop
     from zsr.engine.session import LocalSession
     from zsr.tracking import make_tracker
+    from zsr.tracking.record import record_end, record_start
 
-    folder.mkdir(parents=True, exist_ok=True)
+    session = LocalSession(folder, keep=config.train.keep_checkpoints, resume=resume)
     typer.echo(f"run={run_name(config)} folder={folder}", err=True)
-    session = LocalSession(folder, keep=config.train.keep_checkpoints)
     tracker = make_tracker(config.tracking, run_name=config.name, key={"run": folder.name}, folder=folder)
+    record_start(tracker, config, {})
     try:
         result = run_loop(config, session, tracker)
     except KeyboardInterrupt:
@@ -77,25 +89,33 @@ def _train_here(config: RunConfig, folder: Path) -> None:
     except BaseException:
         tracker.finish("FAILED")
         raise
+    record_end(tracker, result.metrics)
     tracker.finish("FINISHED")
-    _print_result(result.metrics, result.steps, str(session.saved()[-1]))
+    _print_result(result.metrics, str(session.saved()[-1]))
 
 
 def _train_on_ray(config: RunConfig, output: Path | None, resume: bool) -> None:
+    from zsr.launch.store import Store
     from zsr.launch.train import run_ray
 
-    result = run_ray(config, run_name=output.name if output else run_name(config), storage=output, resume=resume)
-    _print_result(result.metrics, result.steps, result.checkpoint)
+    storage = str(output) if output is not None else config.launch.storage
+    name = run_name(config) if resume else free_name(run_name(config), Store(storage).names())
+    typer.echo(f"run={name} storage={storage}", err=True)
+    result = run_ray(config, name, storage=storage)
+    checkpoint = result.checkpoint.path if result.checkpoint is not None else None
+    _print_result(result.metrics or {}, checkpoint)
 
 
-def _print_result(metrics: dict[str, float], steps: int, checkpoint: str | None) -> None:
-    from zsr.cli.output import print_table
+def _print_result(metrics: Mapping[str, object], checkpoint: str | None) -> None:
+    from zsr.cli.output import print_pairs
 
-    rows = [[name, f"{value:.4g}"] for name, value in sorted(metrics.items()) if isinstance(value, int | float)]
-    print_table(f"after {steps} steps", ["metric", "value"], rows)
+    print_pairs(
+        "", [(name, f"{value:.4g}") for name, value in sorted(metrics.items()) if isinstance(value, int | float)]
+    )
     if checkpoint is not None:
         typer.echo(f"checkpoint: {checkpoint}")
-        typer.echo(f"next: zsr eval --model {checkpoint}   or   zsr export {checkpoint} --out exported")
+        typer.echo(f"evaluate it: zsr eval --model {checkpoint}")
+        typer.echo(f"hand it on:  zsr export {checkpoint} --out FOLDER")
 
 
 def _print_plan(config: RunConfig, local: bool) -> None:
