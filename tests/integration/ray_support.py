@@ -1,0 +1,99 @@
+"""A small Ray cluster of a test module's own, on loopback, and a training loop that learns nothing but behaves like one."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from zsr.config import RunConfig
+from zsr.engine.protocols import Session, Tracker
+
+
+# One token for all clusters of this process: Ray reads it once. Left to itself it would write one into the home folder.
+_TOKEN = Path(tempfile.mkdtemp(prefix="zr", dir="/tmp")) / "token"
+_TOKEN.write_text(secrets.token_hex(32))
+
+
+def cluster_environment(folder: Path) -> dict[str, str]:
+    """Variables for Ray processes that share nothing with other clusters of this machine."""
+    return {
+        "RAY_AUTH_TOKEN_PATH": str(_TOKEN),
+        "RAY_TMPDIR": str(folder),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    }
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in [*values, "RAY_ADDRESS"]}
+    os.environ.update(values)
+    os.environ.pop("RAY_ADDRESS", None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def local_cluster(num_cpus: int = 4) -> Iterator[None]:
+    """A cluster that lives as long as the block; its folder has a short name, since socket paths are bounded."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="zr", dir="/tmp") as folder, environment(cluster_environment(Path(folder))):
+        ray.init(
+            address="local", num_cpus=num_cpus, include_dashboard=True, object_store_memory=100 * 2**20,
+            log_to_driver=False,
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def counting_loop(config: RunConfig, session: Session, tracker: Tracker) -> dict[str, float]:
+    """Counts steps, reports every other one, and writes down who did what into the folder that ``data.cache_dir`` names.
+
+    ``optim.lr`` plays the metric. At step 5 a file called ``hang-NAME`` makes rank 0 wait, so that a test can kill it.
+    """
+    diary = Path(config.data.cache_dir or ".")
+    found = session.resume_from()
+    first = json.loads((found / "state.json").read_text())["step"] if found else 0
+    if session.rank == 0:
+        with (diary / "starts.jsonl").open("a") as file:
+            file.write(json.dumps({"run": tracker.run_id, "first": first, "pid": os.getpid()}) + "\n")
+    metrics: dict[str, Any] = {}
+    for step in range(first + 1, config.train.max_steps + 1):
+        time.sleep(0.1)
+        metrics = {
+            "step": step, "epoch": step / 2, "val/clean_acc": 0.5, "val/robust_acc": config.optim.lr * step,
+            "val/zero_grad_frac": 0.5 if config.optim.lr > 0.05 else 0.0,
+        }  # fmt: skip
+        if step % 2 == 0:
+            tracker.log_metrics(metrics, step)
+            folder = None
+            if session.rank == 0:
+                folder = session.folder / "checkpoint"
+                folder.mkdir(exist_ok=True)
+                (folder / "state.json").write_text(json.dumps({"step": step}))
+            session.report(metrics, folder)
+        while step == 5 and session.rank == 0 and (diary / "hang").exists():
+            time.sleep(0.1)
+    return metrics
+
+
+def starts(diary: Path) -> list[dict[str, Any]]:
+    """Who started where, in order."""
+    path = diary / "starts.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,158 @@
+"""One run on Ray Train: workers, failures and checkpoints are Ray's, the training is the engine's.
+
+A run is known by its name. Starting a name again continues it from its last checkpoint (and ends at once if it had
+finished), so a name must stand for one configuration: ``run_name`` puts the configuration's digest into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from zsr.config import RunConfig
+from zsr.engine.protocols import Session, Tracker
+from zsr.launch.session import RaySession
+from zsr.launch.store import Store
+from zsr.tracking import RunTracker, make_tracker
+from zsr.tracking.null import NullTracker
+from zsr.tracking.record import record_end, record_start
+
+Loop = Callable[[RunConfig, Session, Tracker], Any]
+
+COLLECTIVE_TIMEOUT_S = 600
+"""How long a rank waits in a collective for one that vanished without a word; torch's own default is half an hour."""
+
+
+@dataclass(frozen=True)
+class RunTask:
+    """What a worker needs to know; plain values, since it travels by pickle.
+
+    Attributes:
+        config: the run's settings, as plain data.
+        name: of the Train run.
+        title: of the run in the tracker.
+        key: by which the tracker finds the run again.
+        parent: key of the sweep's run.
+        swept: the settings that the sweep chose.
+        tags: labels for the tracker.
+    """
+
+    config: Mapping[str, Any]
+    name: str
+    title: str
+    key: Mapping[str, str]
+    parent: Mapping[str, str] | None = None
+    swept: Mapping[str, Any] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+def run_name(config: RunConfig) -> str:
+    """A name that stands for this configuration: another setting, another run."""
+    return f"{config.name}-{config.digest()}"
+
+
+def run_ray(
+    config: RunConfig,
+    name: str | None = None,
+    *,
+    title: str | None = None,
+    key: Mapping[str, str] | None = None,
+    parent: Mapping[str, str] | None = None,
+    swept: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+    storage: str | None = None,
+    callbacks: Sequence[Any] = (),
+    loop: Loop | None = None,
+) -> ray.train.Result:
+    """Train ``config`` with ``launch.workers`` workers and wait for the end.
+
+    Args:
+        config: the run's settings.
+        name: of the run, by default :func:`run_name`; running it again continues it.
+        title: what the tracker shows, by default the name.
+        key: by which the tracker finds the run again, by default its name.
+        parent: key of the tracker's run that this one belongs to.
+        swept: settings worth a column when runs are compared.
+        tags: labels for the tracker.
+        storage: where to keep checkpoints, by default ``launch.storage``.
+        callbacks: ``ray.train.UserCallback`` objects; they must not raise.
+        loop: what each worker runs, by default the engine's.
+
+    Returns:
+        Ray's result; ``return_value`` is what rank 0's loop returned. Metrics are in the tracker.
+
+    Raises:
+        ray.train.TrainingFailedError: the run failed more than ``launch.max_failures`` times.
+    """
+    launch = config.launch
+    name = name or run_name(config)
+    store = Store(storage or launch.storage)
+    task = RunTask(
+        config=config.model_dump(mode="json"),
+        name=name,
+        title=title or name,
+        key=key or {"run": name},
+        parent=parent,
+        swept=dict(swept or {}),
+        tags=dict(tags or {}),
+    )
+    resources = {"CPU": launch.cpus_per_worker}
+    if launch.gpus_per_worker:
+        resources["GPU"] = launch.gpus_per_worker
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config={"task": asdict(task), "storage": store.root, "loop": loop},
+        scaling_config=ScalingConfig(
+            num_workers=launch.workers, use_gpu=launch.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if launch.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=store.root,
+            failure_config=FailureConfig(max_failures=launch.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
+            callbacks=list(callbacks),
+        ),
+    )
+    return trainer.fit()
+
+
+def run_worker(arguments: dict[str, Any]) -> Any:
+    """What each Train worker executes: build the session and rank 0's tracker, then hand over to the loop."""
+    task = RunTask(**arguments["task"])
+    config = RunConfig.model_validate(task.config)
+    session = RaySession(Store(arguments["storage"]).at(task.name))
+    loop = arguments["loop"]
+    if loop is None:
+        from zsr.engine.loop import train as loop
+    if session.rank != 0:
+        return loop(config, session, NullTracker())
+
+    tracker = open_tracker(task, config, Store(arguments["storage"]))
+    record_start(tracker, config, task.swept)
+    try:
+        result = loop(config, session, tracker)
+    except BaseException:
+        # Ray may start the run again; the tracker then finds this record and sets it back to running.
+        tracker.finish("FAILED")
+        raise
+    record_end(tracker, getattr(result, "metrics", {}))
+    tracker.finish("FINISHED")
+    return getattr(result, "metrics", result)
+
+
+def open_tracker(task: RunTask, config: RunConfig, store: Store) -> RunTracker[Any]:
+    """Rank 0's tracker; its records lie beside the checkpoints, where a restart on another node finds them."""
+    return make_tracker(
+        config.tracking,
+        run_name=task.title,
+        key=task.key,
+        parent=task.parent,
+        folder=store.folder(task.name, "tracking"),
+        tags=task.tags,
+    )
