@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from shard_factory import encode_image, make_image
 
 import zsr  # noqa: F401  # before torchvision, which cannot be imported beside CPU torch without it
-from shard_factory import encode_image, make_image
 from zsr.data import decode as decode_module
 from zsr.data.decode import decode, read_label, resize_crop
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from shard_factory import make_shards, write_index, write_tar
+
 from zsr.data.index import INDEX_FILE, parse_index
 from zsr.data.shards import ShardSet
 from zsr.data.storage import LocalStorage, embedded_sets, open_storage

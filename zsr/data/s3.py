@@ -31,7 +31,7 @@ STALL_TIMEOUT_S = 20  # a connection that brings nothing for so long is given up
 MAX_FAILURES = 8  # in a row, without progress in between
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 15.0
-CHUNK_BYTES = 1 << 18
+CHUNK_BYTES = 1 << 16  # what a cut connection may cost: an unfinished chunk is read again
 
 _TRANSIENT_CODES = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "InternalError"}
 
@@ -219,9 +219,8 @@ def is_transient(error: Exception) -> bool:
     if isinstance(error, exceptions.ClientError):
         code, status = error_code(error)
         return status >= 500 or status == 429 or code in _TRANSIENT_CODES
-    return isinstance(
-        error, (exceptions.HTTPClientError, exceptions.IncompleteReadError, HTTPError, ConnectionError, TimeoutError)
-    )
+    ours = (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError)
+    return isinstance(error, (*ours, HTTPError, ConnectionError, TimeoutError))
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,245 @@
+"""Sets in object storage, against a real server on loopback and connections that break."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import random
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from s3_server import Fault, FlakyProxy, free_port, moto_server, use_server
+from shard_factory import make_shards
+
+from zsr.data import s3
+from zsr.data.pipeline import train_batches
+from zsr.data.s3 import S3Storage, make_client
+from zsr.data.shards import ShardSet
+
+pytestmark = pytest.mark.network
+
+BUCKET, ADDRESS = "shards", "s3://shards/sets/small"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards of about 500 kB."""
+    folder = tmp_path_factory.mktemp("s3") / "small"
+    return make_shards(folder, num_samples=36, shard_size=12, image_size=128, extension="png")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[int]:
+    with moto_server() as port:
+        with pytest.MonkeyPatch.context() as patch:
+            use_server(patch, port)
+            make_client().create_bucket(Bucket=BUCKET)
+            storage = S3Storage(ADDRESS, Path("/nonexistent"))
+            for file in folder.iterdir():
+                storage.put(file, file.name)
+        yield port
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_straight(monkeypatch: pytest.MonkeyPatch, server: int) -> None:
+    use_server(monkeypatch, server)
+    monkeypatch.setattr(s3, "FIRST_WAIT_S", 0.01)
+
+
+def open_set(cache: Path, address: str = ADDRESS) -> ShardSet:
+    return ShardSet(address, cache)
+
+
+def assert_whole(shards: ShardSet, folder: Path) -> None:
+    for number, shard in enumerate(shards.index.shards):
+        assert shards.fetch(number).read_bytes() == (folder / shard.file).read_bytes()
+
+
+def test_a_set_on_s3_equals_the_folder(tmp_path, folder):
+    remote, local = open_set(tmp_path), ShardSet(folder)
+    assert remote.address == ADDRESS
+    assert [remote.read(i) for i in range(36)] == [local.read(i) for i in range(36)]
+    assert remote.storage.num_retries == 0
+    assert_whole(remote, folder)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_training_from_s3_equals_training_from_the_folder(tmp_path, folder):
+    def batches(shards, num_workers):
+        stream = train_batches(shards, seed=3, global_batch=8, image_size=64, num_workers=num_workers)
+        with_position = list(islice(stream, 6))
+        stream.close()
+        return with_position
+
+    for (p, remote), (q, local) in zip(batches(open_set(tmp_path), 2), batches(ShardSet(folder), 0), strict=True):
+        assert (p, remote.key) == (q, local.key)
+        assert torch.equal(remote.image, local.image)
+
+
+@pytest.mark.parametrize("kind", ["reset", "close"])
+def test_cut_connections_are_resumed_and_the_data_is_identical(monkeypatch, tmp_path, folder, server, kind, caplog):
+    rng = random.Random(0)
+    with FlakyProxy(server, lambda _: Fault(rng.randint(30_000, 200_000), kind)) as proxy:
+        use_server(monkeypatch, proxy.port)
+        shards = open_set(tmp_path)
+        with caplog.at_level(logging.WARNING):
+            assert_whole(shards, folder)
+    size = sum(shard.bytes for shard in shards.index.shards)
+    assert shards.storage.num_retries >= 5
+    assert proxy.num_bytes < 1.2 * size + 100_000  # gone on with, not begun anew
+    assert caplog.text.count("event=s3_retry") == shards.storage.num_retries
+
+
+def test_a_stalled_connection_is_given_up(monkeypatch, tmp_path, folder, server):
+    monkeypatch.setattr(s3, "STALL_TIMEOUT_S", 0.5)
+    with FlakyProxy(server, lambda n: Fault(100_000, "stall") if n in (1, 2) else None) as proxy:
+        use_server(monkeypatch, proxy.port)
+        shards = open_set(tmp_path)
+        started = time.monotonic()
+        assert_whole(shards, folder)
+    assert shards.storage.num_retries == 2
+    assert time.monotonic() - started < 20
+
+
+def test_a_busy_server_is_asked_again(monkeypatch, tmp_path, folder, server):
+    with FlakyProxy(server, lambda n: Fault(0, "503") if n in (0, 1, 3) else Fault(600_000)) as proxy:
+        use_server(monkeypatch, proxy.port)
+        shards = open_set(tmp_path)
+        assert_whole(shards, folder)
+    assert shards.storage.num_retries >= 3
+
+
+def test_a_dead_server_ends_in_a_sentence_without_secrets(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(s3, "MAX_FAILURES", 2)
+    use_server(monkeypatch, free_port(), user_info="user:sesame@")
+    with caplog.at_level(logging.DEBUG, logger="zsr"), pytest.raises(OSError, match="3 failures in a row") as caught:
+        open_set(tmp_path)
+    assert "is the endpoint right" in str(caught.value)
+    assert "sesame" not in str(caught.value) + caplog.text
+
+
+def _fetch_all(cache: Path) -> None:
+    shards = open_set(cache)
+    for number in range(3):
+        shards.fetch(number)
+
+
+def test_processes_of_one_machine_fetch_a_shard_once(monkeypatch, tmp_path, folder, server):
+    with FlakyProxy(server, lambda _: None) as proxy:
+        use_server(monkeypatch, proxy.port)
+        fork = multiprocessing.get_context("fork")
+        processes = [fork.Process(target=_fetch_all, args=(tmp_path,)) for _ in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0, 0, 0]
+        size = sum(shard.bytes for shard in ShardSet(folder).index.shards)
+        assert size < proxy.num_bytes < size + 50_000
+    use_server(monkeypatch, server)
+    assert_whole(open_set(tmp_path), folder)
+
+
+def test_what_a_dead_process_left_is_used(monkeypatch, tmp_path, folder, server):
+    """The beginning of a shard is kept; a wrong beginning is noticed and fetched anew."""
+    shards = open_set(tmp_path)
+    path = shards.fetch(0)
+    content = path.read_bytes()
+    path.unlink()
+    partial = path.with_name(path.name + ".part")
+
+    partial.write_bytes(content[:-1000])
+    with FlakyProxy(server, lambda _: None) as proxy:
+        use_server(monkeypatch, proxy.port)
+        assert open_set(tmp_path).fetch(0).read_bytes() == content
+        assert proxy.num_bytes < 10_000
+
+    use_server(monkeypatch, server)
+    for wrong in (b"wrong" + content[5:-1000], content[::-1], content + b"more"):
+        path.unlink()
+        partial.write_bytes(wrong)
+        assert open_set(tmp_path).fetch(0).read_bytes() == content
+
+
+@pytest.fixture
+def other_set(folder: Path, tmp_path: Path) -> str:
+    """A set of its own on the server, to be damaged."""
+    address = f"s3://shards/sets/{tmp_path.name}"
+    storage = S3Storage(address, tmp_path)
+    for file in folder.iterdir():
+        storage.put(file, file.name)
+    return address
+
+
+def damage(address: str, file: str, content: bytes | None) -> None:
+    key = address.removeprefix(f"s3://{BUCKET}/") + "/" + file
+    if content is None:
+        make_client().delete_object(Bucket=BUCKET, Key=key)
+    else:
+        make_client().put_object(Bucket=BUCKET, Key=key, Body=content)
+
+
+def test_damaged_objects_are_found(tmp_path, folder, other_set):
+    content = (folder / "000001.tar").read_bytes()
+    shards = open_set(tmp_path, other_set)
+
+    damage(other_set, "000001.tar", content[:5000] + b"\x00\x01" + content[5002:])
+    with pytest.raises(ValueError, match=r"shard 000001.tar of s3://.* is corrupt: its sha256 is .*, the index says"):
+        shards.read(12)
+    damage(other_set, "000001.tar", content[:-1])
+    with pytest.raises(ValueError, match=rf"shard 000001.tar of s3://.* has {len(content) - 1} bytes, the index says"):
+        shards.read(12)
+    damage(other_set, "000001.tar", b"")
+    with pytest.raises(ValueError, match=r"000001.tar"):
+        shards.read(12)
+    damage(other_set, "000001.tar", None)
+    with pytest.raises(ValueError, match=r"there is no s3://.*/000001.tar"):
+        shards.read(12)
+    assert shards.read(0).key == "s000000"
+
+    damage(other_set, "000001.tar", content)
+    assert shards.read(12).key == "s000012"
+
+
+def test_an_object_replaced_on_the_way_is_not_mixed(monkeypatch, tmp_path, folder, server, other_set):
+    content = (folder / "000000.tar").read_bytes()
+
+    def faults(number: int) -> Fault | None:
+        if number != 2:  # the index, then the beginning of the shard
+            return Fault(100_000)
+        with pytest.MonkeyPatch.context() as patch:
+            use_server(patch, server)
+            damage(other_set, "000000.tar", content[::-1])
+        return None
+
+    with FlakyProxy(server, faults) as proxy:
+        use_server(monkeypatch, proxy.port)
+        with pytest.raises(ValueError, match=r"000000.tar was replaced while it was being read"):
+            open_set(tmp_path, other_set).fetch(0)
+
+
+@pytest.mark.parametrize(
+    ("address", "unset", "sentence"),
+    [
+        ("s3://nothing-here/x", (), "there is no bucket 'nothing-here'"),
+        ("s3://shards/other", (), "there is no s3://shards/other/index.json"),
+        (ADDRESS, ("AWS_ACCESS_KEY_ID",), "no AWS credentials for .*AWS_ACCESS_KEY_ID.*AWS_EC2_METADATA_DISABLED=true"),
+        (ADDRESS, ("AWS_SECRET_ACCESS_KEY",), "no AWS credentials for"),
+    ],
+)
+def test_mistakes_in_address_or_access(monkeypatch, tmp_path, address, unset, sentence):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if unset == ("AWS_ACCESS_KEY_ID",) else unset:
+        monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match=sentence):
+        open_set(tmp_path, address)
+
+
+def test_an_endpoint_that_is_no_url(monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "user:sesame@nowhere")
+    with pytest.raises(ValueError, match="is not a URL such as http://host:port") as caught:
+        open_set(tmp_path)
+    assert "sesame" not in str(caught.value)
