@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from zsr.config import Config, ConfigError, Plugin, PluginConfig, PluginField, Registry, Weight, describe_errors
 from zsr.config.errors import closest_path
+from zsr.config.plugins import ConfigT
 
 SHAPES = Registry("shape", "json")  # any package without plug-ins; the two below register themselves
 
@@ -30,15 +31,15 @@ class SquareConfig(PluginConfig):
     side_length: Weight = 1.0
 
 
-class Shape(Plugin[Any]):
+class Shape(Plugin[ConfigT]):
     registry = SHAPES
 
 
-class Round(Shape, Plugin[RoundConfig]):
+class Round(Shape[RoundConfig]):
     pass
 
 
-class Square(Shape, Plugin[SquareConfig]):
+class Square(Shape[SquareConfig]):
     pass
 
 
