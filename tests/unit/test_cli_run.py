@@ -1,0 +1,92 @@
+"""``zsr train --local``, ``eval`` and ``export`` one after another, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from zsr.cli.main import main
+from zsr.cli.models import find_checkpoint
+from zsr.cli.train import free_name
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return int(stopped.value.code or 0)
+
+
+@pytest.fixture
+def settings(tiny_model_name: str, small_shards: Path) -> list[str]:
+    return [
+        f"model.name={tiny_model_name}",
+        f"data.train={small_shards}",
+        f"data.val={small_shards}",
+        "train.batch_size=10",
+        "train.epochs=1",
+        "eval.num_samples=10",
+        "eval.attack.steps=1",
+    ]
+
+
+def test_dry_run_touches_nothing(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call("train", "--local", "--dry-run", *settings) == 0
+    said = capsys.readouterr().out
+    assert "5 of batch 10 (5 an epoch)" in said
+    assert "50 in 5 classes, 5 shards" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_evaluate_export(
+    settings: list[str], small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, results, exported = tmp_path / "run", tmp_path / "results.json", tmp_path / "exported"
+    assert call("train", "--local", "--output", run, *settings) == 0
+    said = capsys.readouterr().out
+    assert "val/robust_acc" in said
+    assert "step-00000005" in said
+
+    assert call("train", "--local", "--no-resume", "--output", run, *settings) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+    options = ["--data", small_shards, "--eps", "1/255,4/255", "--steps", 1, "--num-samples", 10]
+    assert call("eval", "--model", run, *options, "--json", results) == 0
+    table = capsys.readouterr().out
+    assert "linf 1/255" in table
+    assert "linf 4/255" in table
+    content = json.loads(results.read_text())
+    assert [row["eps"] for row in content["results"]] == ["1/255", "4/255"]
+    assert content["protocol"]["attacks"]["4/255"]["steps"] == 1
+    assert content["results"][0]["num_samples"] == 10
+
+    assert call("export", run, "--out", exported) == 0
+    assert (exported / "open_clip_config.json").is_file()
+    assert call("export", run, "--out", exported) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+    # The exported folder is a model like any other, and is as accurate as the checkpoint.
+    assert call("eval", "--model", exported, *options, "--json", tmp_path / "again.json") == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["results"][0]["clean_acc"] == content["results"][0]["clean_acc"]
+
+
+def test_a_runs_folder_means_its_latest_checkpoint(tmp_path: Path) -> None:
+    for step in (5, 10):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text("{}")
+    assert find_checkpoint(tmp_path).name == "step-00000010"
+    assert find_checkpoint(folder) == folder
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path / "empty")
+
+
+def test_a_fresh_run_gets_a_free_name() -> None:
+    assert free_name("run", []) == "run"
+    assert free_name("run", ["run", "run-2", "other"]) == "run-3"
