@@ -25,7 +25,7 @@ def sample_seeds(keys: Sequence[str], *purpose: object) -> list[int]:
 
 def fill_uniform(like_BCHW: Tensor, seeds: Sequence[int]) -> Tensor:
     """Uniform noise in [-1, 1) of the shape, device and dtype of ``like_BCHW``, row i from ``seeds[i]``."""
-    noise = torch.empty_like(like_BCHW)
+    noise = _empty(like_BCHW)
     generator = torch.Generator(device=like_BCHW.device)
     for row, seed in zip(noise, seeds, strict=True):
         row.uniform_(-1, 1, generator=generator.manual_seed(seed))
@@ -34,8 +34,13 @@ def fill_uniform(like_BCHW: Tensor, seeds: Sequence[int]) -> Tensor:
 
 def fill_normal(like_BCHW: Tensor, seeds: Sequence[int]) -> Tensor:
     """Standard normal noise, otherwise as :func:`fill_uniform`."""
-    noise = torch.empty_like(like_BCHW)
+    noise = _empty(like_BCHW)
     generator = torch.Generator(device=like_BCHW.device)
     for row, seed in zip(noise, seeds, strict=True):
         row.normal_(generator=generator.manual_seed(seed))
     return noise
+
+
+def _empty(like_BCHW: Tensor) -> Tensor:
+    # Contiguous, since the stream fills memory in its own order: channels-last images get the same noise.
+    return torch.empty_like(like_BCHW, memory_format=torch.contiguous_format)

@@ -43,7 +43,8 @@ class PGDConfig(AttackConfig):
             value = getattr(self, setting)
             if self.norm == "linf" and value > 1:
                 raise ValueError(
-                    f"{setting}={value:g} is more than the whole pixel range [0, 1]; write {value:g}/255 for {value:g} grey levels"
+                    f"{setting}={value:g} is more than the whole pixel range [0, 1]; "
+                    f"write {value:g}/255 for {value:g} grey levels"
                 )
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts={self.restarts} with random_start off would repeat one start; turn it on")

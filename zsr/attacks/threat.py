@@ -16,6 +16,7 @@ from zsr.attacks.noise import fill_normal, fill_uniform
 
 Norm = Literal["linf", "l2"]
 _TINY = 1e-12  # below any gradient that fp32 can tell from zero; keeps a zero gradient's direction zero instead of NaN
+_RADIUS = 0x5DEECE66D  # sets the seed of a start's length apart from that of its direction
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ class ThreatModel:
         else:
             direction = fill_normal(image_BCHW, seeds)
             # Radius of a uniform point in a d-dimensional ball is u^(1/d).
-            radius = (fill_uniform(image_BCHW[:, :1, :1, :1], seeds) / 2 + 0.5) ** (1 / image_BCHW[0].numel())
+            # From seeds of its own: the stream that made the direction would tie the two together.
+            radius_seeds = [seed ^ _RADIUS for seed in seeds]
+            radius = (fill_uniform(image_BCHW[:, :1, :1, :1], radius_seeds) / 2 + 0.5) ** (
+                1 / image_BCHW.shape[1:].numel()
+            )
             delta = direction / _lengths(direction) * radius * self.eps
         return self.project(delta, image_BCHW)
 
