@@ -1,0 +1,343 @@
+"""Objectives against their formulas, written again from the published mathematics in plain float64 loops.
+
+The reference side of every comparison uses Python floats and ``math`` alone: loops over samples and classes, and
+central differences for gradients. B images, C classes, D embedding width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from zsr.config.schema import OBJECTIVES
+from zsr.models.clip import ImageFeatures
+from zsr.objectives.base import StepContext
+
+torch.set_num_threads(1)
+
+Vector = list[float]
+Matrix = list[Vector]
+B, C, D = 5, 6, 4
+SCALE = 7.5
+
+
+@dataclass
+class Case:
+    """Unit embeddings of one step; class 5 has the same prompt as class 2."""
+
+    adv: Matrix
+    clean: Matrix
+    frozen_clean: Matrix
+    frozen_adv: Matrix
+    text: Matrix
+    text0: Matrix
+    label: list[int] = field(default_factory=lambda: [0, 2, 5, 3, 2])
+    twins: frozenset[tuple[int, int]] = frozenset({(2, 5), (5, 2)})
+
+
+def unit_rows(num: int, seed: int) -> Matrix:
+    rows = torch.randn(num, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return [[value / math.sqrt(sum(v * v for v in row)) for value in row] for row in rows.tolist()]
+
+
+def make_case() -> Case:
+    case = Case(*(unit_rows(B, seed) for seed in range(4)), text=unit_rows(C, 5), text0=unit_rows(C, 6))
+    case.text[5], case.text0[5] = list(case.text[2]), list(case.text0[2])
+    return case
+
+
+# The objective under test, on a context made by hand.
+
+
+def run_objective(
+    name: str, settings: dict[str, object], case: Case
+) -> tuple[float, dict[str, float], dict[str, Matrix]]:
+    """Loss, terms, and gradients with respect to the trained views' embeddings and to the class embeddings."""
+    objective = OBJECTIVES.build(OBJECTIVES.config_class(name).model_validate({"name": name, **settings}))
+    constants = ("frozen_adv", "frozen_clean", "text0")  # the engine makes these without a graph
+    leaves = {
+        name: torch.tensor(getattr(case, name), dtype=torch.float64, requires_grad=name not in constants)
+        for name in ("adv", "clean", "text", *constants)
+    }
+    twins = torch.zeros(C, C, dtype=torch.bool)
+    for i, j in case.twins:
+        twins[i, j] = True
+    ctx = StepContext(
+        label_B=torch.tensor(case.label),
+        scale=torch.tensor(SCALE, dtype=torch.float64),
+        text_CD=leaves["text"],
+        text0_CD=leaves["text0"],
+        duplicate_CC=twins,
+        make_view=lambda view: ImageFeatures(leaves[view], leaves[view]),
+    )
+    output = objective.loss(ctx)
+    output.total.backward()
+    gradients = {
+        name: ([[0.0] * D] * len(x) if x.grad is None else x.grad.tolist())
+        for name, x in leaves.items()
+        if x.requires_grad
+    }
+    return output.total.item(), {name: term.item() for name, term in output.terms.items()}, gradients
+
+
+# The formulas.
+
+
+def dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return math.fsum(x * y for x, y in zip(a, b, strict=True))
+
+
+def softmax(values: Vector) -> Vector:
+    top = max(values)
+    exponentials = [math.exp(value - top) for value in values]
+    return [value / math.fsum(exponentials) for value in exponentials]
+
+
+def cross_entropy(images: Matrix, text: Matrix, label: list[int], margin: Callable[[int, int], float]) -> float:
+    """Mean of -log [ e^{s<v,t_y>} / (e^{s<v,t_y>} + sum_{j != y} e^{s(<v,t_j> + m_yj)}) ]."""
+    losses = []
+    for v, y in zip(images, label, strict=True):
+        right = math.exp(SCALE * dot(v, text[y]))
+        wrong = [math.exp(SCALE * (dot(v, text[j]) + margin(y, j))) for j in range(C) if j != y]
+        losses.append(-math.log(right / (right + math.fsum(wrong))))
+    return math.fsum(losses) / len(losses)
+
+
+def distillation(targets: Matrix, target_text: Matrix, images: Matrix, text: Matrix, temperature: float) -> float:
+    """Mean over images of tau^2 KL(softmax(s v0 T0 / tau) || softmax(s v T / tau))."""
+    total = 0.0
+    for v0, v in zip(targets, images, strict=True):
+        p = softmax([SCALE * dot(v0, t) / temperature for t in target_text])
+        q = softmax([SCALE * dot(v, t) / temperature for t in text])
+        total += math.fsum(p_c * (math.log(p_c) - math.log(q_c)) for p_c, q_c in zip(p, q, strict=True))
+    return temperature**2 * total / len(images)
+
+
+def energy(text: Matrix, twins: frozenset[tuple[int, int]], form: str, power: float) -> float:
+    """Mean of h(|t_i - t_j|) over ordered pairs of classes whose prompts differ."""
+    values = []
+    for i in range(C):
+        for j in range(C):
+            if i == j or (i, j) in twins:
+                continue
+            r = math.sqrt(2 - 2 * dot(text[i], text[j]))
+            if form == "bounded":
+                values.append(1 / (1 + r**power))
+            else:
+                values.append(-math.log(r) if power == 0 else r**-power)
+    return math.fsum(values) / len(values)
+
+
+def margin_of(case: Case, base: float, scale: float, sign: str) -> Callable[[int, int], float]:
+    """m_yj = m_0 + m_1 d_yj, d rescaled to [0, 1] over the other classes; minus for the other sign."""
+
+    def margin(y: int, j: int) -> float:
+        if (y, j) in case.twins:
+            return 0.0  # nothing could tell the two apart
+        distances = {k: 1 - dot(case.text0[y], case.text0[k]) for k in range(C) if k != y and (y, k) not in case.twins}
+        low, high = min(distances.values()), max(distances.values())
+        d = (distances[j] - low) / (high - low)
+        return base + scale * d if sign == "distant" else base - scale * d
+
+    return margin
+
+
+def tima_terms(case: Case, *, adv: Matrix, clean: Matrix, text: Matrix, o: dict[str, object]) -> dict[str, float]:
+    """The four terms. ``text`` stands where it is tuned; image terms see ``case.text``, a constant."""
+    distilled = adv if o["takd_view"] == "adv" else clean
+    margin = margin_of(case, o["margin_base"], o["margin_scale"], o["margin_sign"])
+    tau = o["temperature"]
+    return {
+        "tam": cross_entropy(adv, case.text, case.label, margin),
+        "takd": distillation(case.frozen_clean, case.text, distilled, case.text, tau),
+        "mhe": energy(text, case.twins, o["mhe_form"], o["mhe_power"]),
+        "iakd": distillation(case.frozen_clean, case.text0, case.frozen_clean, text, tau),
+    }
+
+
+def slopes(function: Callable[[Matrix], float], at: Matrix) -> Matrix:
+    """Central differences, extrapolated twice (Romberg): error of order h^6."""
+
+    def difference(row: int, column: int, h: float) -> float:
+        values = []
+        for shift in (h, -h):
+            moved = [list(vector) for vector in at]
+            moved[row][column] += shift
+            values.append(function(moved))
+        return (values[0] - values[1]) / (2 * h)
+
+    def slope(row: int, column: int, h: float = 4e-3) -> float:
+        wide, half, quarter = (difference(row, column, h / k) for k in (1, 2, 4))
+        first, second = (4 * half - wide) / 3, (4 * quarter - half) / 3
+        return (16 * second - first) / 15
+
+    return [[slope(row, column) for column in range(len(at[0]))] for row in range(len(at))]
+
+
+def assert_close(found: Matrix, expected: Matrix, tolerance: float) -> None:
+    worst = max(abs(a - b) for row, other in zip(found, expected, strict=True) for a, b in zip(row, other, strict=True))
+    assert worst < tolerance, f"gradients differ by {worst:.2e}"
+
+
+# The comparisons.
+
+
+def test_tecoa_and_clean_are_cross_entropy_of_their_view():
+    case = make_case()
+    for name, view in (("tecoa", "adv"), ("clean", "clean")):
+        total, terms, gradients = run_objective(name, {}, case)
+
+        def loss(images: Matrix) -> float:
+            return cross_entropy(images, case.text, case.label, lambda y, j: 0.0)
+
+        assert total == terms["ce"] == pytest.approx(loss(getattr(case, view)), abs=1e-12)
+        assert_close(gradients.pop(view), slopes(loss, getattr(case, view)), 1e-9)
+        assert all(value == 0 for rows in gradients.values() for row in rows for value in row)
+
+
+TIMA_DEFAULTS = {
+    "weight_tam": 1.0,
+    "weight_takd": 0.7,
+    "weight_mhe": 0.4,
+    "weight_iakd": 1.3,
+    "margin_base": 0.02,
+    "margin_scale": 0.15,
+    "margin_sign": "distant",
+    "mhe_form": "bounded",
+    "mhe_power": 2.0,
+    "takd_view": "adv",
+    "temperature": 1.0,
+}
+FORMS = [("bounded", 2.0), ("bounded", 1.0), ("riesz", 2.0), ("riesz", 0.0), ("riesz", 1.0)]
+TIMA_SETTINGS = [
+    {"margin_sign": sign, "mhe_form": form, "mhe_power": power, "takd_view": view, "temperature": temperature}
+    for number, (form, power) in enumerate(FORMS)
+    for sign, view in itertools.product(("distant", "similar"), ("adv", "clean"))
+    for temperature in [(1.0, 2.5)[number % 2]]
+] + [
+    {"margin_base": 0.0},
+    {"margin_scale": 0.0},
+    {"weight_tam": 0.0},
+    {"weight_takd": 0.0},
+    {"weight_mhe": 0.0},
+    {"weight_iakd": 0.0},
+    {"weight_takd": 0.0, "weight_iakd": 0.0, "takd_view": "clean"},
+]
+
+
+@pytest.mark.parametrize("settings", TIMA_SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+def test_tima_equals_its_formula_in_value_and_gradient(settings):
+    case, o = make_case(), TIMA_DEFAULTS | settings
+    weights = {name: o[f"weight_{name}"] for name in ("tam", "takd", "mhe", "iakd")}
+
+    def loss(adv: Matrix | None = None, clean: Matrix | None = None, text: Matrix | None = None) -> float:
+        terms = tima_terms(case, adv=adv or case.adv, clean=clean or case.clean, text=text or case.text, o=o)
+        return math.fsum(weights[name] * terms[name] for name in terms)
+
+    total, terms, gradients = run_objective("tima", o, case)
+    expected = tima_terms(case, adv=case.adv, clean=case.clean, text=case.text, o=o)
+    for name, value in terms.items():
+        assert value == pytest.approx(expected[name], abs=1e-9)
+    assert {"tam"} | {name for name, weight in weights.items() if weight} == set(terms)
+    assert total == pytest.approx(loss(), abs=1e-9)
+    assert_close(gradients["adv"], slopes(lambda rows: loss(adv=rows), case.adv), 1e-9)
+    if o["takd_view"] == "clean":
+        assert_close(gradients["clean"], slopes(lambda rows: loss(clean=rows), case.clean), 1e-9)
+    else:
+        assert not any(value for row in gradients["clean"] for value in row)
+    assert_close(gradients["text"], slopes(lambda rows: loss(text=rows), case.text), 1e-9)
+
+
+@pytest.mark.parametrize("form", ["bounded", "riesz"])
+def test_equal_prompts_take_no_part_in_the_energy_or_the_margin(form):
+    from zsr.objectives.tima import adaptive_margin, hyperspherical_energy
+
+    case = make_case()
+    twins = torch.zeros(C, C, dtype=torch.bool)
+    twins[2, 5] = twins[5, 2] = True
+    text = torch.tensor(case.text, dtype=torch.float64, requires_grad=True)
+    pairs = ~twins & ~torch.eye(C, dtype=torch.bool)
+    value = hyperspherical_energy(text, pairs, form, 2.0)
+    (gradient,) = torch.autograd.grad(value, text)
+    assert value.item() == pytest.approx(energy(case.text, case.twins, form, 2.0), abs=1e-12)
+    assert value < 100  # one pair at distance zero would make the Riesz energy a million
+    assert torch.isfinite(gradient).all()
+    margins = adaptive_margin(torch.tensor(case.text0, dtype=torch.float64), twins, 0.02, 0.1)
+    assert margins[2, 5] == margins[5, 2] == 0
+    assert (margins.diagonal() == 0).all()
+    others = margins[~twins & ~torch.eye(C, dtype=torch.bool)]
+    assert others.min() == pytest.approx(0.02) and others.max() == pytest.approx(0.12)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2])
+@pytest.mark.parametrize("form", ["bounded", "riesz"])
+def test_one_or_two_classes_give_finite_values(num_classes, form):
+    from zsr.objectives.tima import adaptive_margin, hyperspherical_energy
+
+    text = torch.tensor(unit_rows(num_classes, 0), requires_grad=True)
+    no_twins = torch.zeros(num_classes, num_classes, dtype=torch.bool)
+    value = hyperspherical_energy(text, ~torch.eye(num_classes, dtype=torch.bool), form, 2.0)
+    assert torch.isfinite(torch.autograd.grad(value, text)[0]).all()
+    assert torch.isfinite(adaptive_margin(text.detach(), no_twins, 0.1, 0.1)).all()
+
+
+@pytest.mark.parametrize("power", [0.0, 2.0, 12.0])
+def test_the_energy_stays_finite_in_float32_where_classes_nearly_coincide(power):
+    from zsr.objectives.tima import hyperspherical_energy
+
+    text = torch.tensor(unit_rows(C, 0), dtype=torch.float32)
+    text[1] = text[0]
+    text[2] = torch.nn.functional.normalize(text[0] + 1e-6, dim=0)
+    text.requires_grad_(True)
+    value = hyperspherical_energy(text, ~torch.eye(C, dtype=torch.bool), "riesz", power)
+    assert torch.isfinite(value)
+    assert torch.isfinite(torch.autograd.grad(value, text)[0]).all()
+
+
+@pytest.mark.parametrize("sign", ["distant", "similar"])
+@pytest.mark.parametrize("options", [{}, {"takd_view": "clean", "mhe_form": "riesz", "temperature": 3.0}])
+def test_tima_without_its_extra_terms_is_tecoa_to_the_last_bit(sign, options):
+    case = make_case()
+    reduced = OBJECTIVES.build(OBJECTIVES.config_class("tima")()).tecoa_settings
+    assert reduced is not None
+    total, terms, gradients = run_objective("tima", {**reduced, "margin_sign": sign, **options}, case)
+    tecoa_total, _, tecoa_gradients = run_objective("tecoa", {}, case)
+    assert total == tecoa_total and list(terms) == ["tam"]
+    assert gradients == tecoa_gradients
+    assert all(value == 0 for row in gradients["text"] for value in row)
+
+
+def test_the_bounded_energy_refuses_a_power_that_makes_it_constant():
+    with pytest.raises(ValueError, match=r"mhe_power=0 makes the bounded energy constant; .* or mhe_form=riesz"):
+        OBJECTIVES.config_class("tima")(mhe_power=0)
+
+
+def test_logits_pass_no_gradient_to_text_unless_text_is_given():
+    text = torch.tensor(unit_rows(C, 0), requires_grad=True)
+    embed = torch.tensor(unit_rows(B, 1), requires_grad=True)
+    same = torch.zeros(C, C, dtype=torch.bool)
+    ctx = StepContext(torch.zeros(B).long(), torch.tensor(SCALE), text, text.detach(), same, lambda view: None)
+    ctx.logits(embed).sum().backward()
+    assert text.grad is None and embed.grad is not None
+    ctx.logits(embed, text).sum().backward()
+    assert isinstance(text.grad, Tensor)
+
+
+def test_each_view_is_made_at_most_once_and_only_if_read():
+    made: list[str] = []
+
+    def make_view(view):
+        made.append(view)
+        embed = torch.tensor(unit_rows(B, 1), dtype=torch.float64)
+        return ImageFeatures(embed, embed)
+
+    text = torch.tensor(unit_rows(C, 0), dtype=torch.float64)
+    ctx = StepContext(torch.zeros(B).long(), torch.tensor(1.0), text, text, torch.zeros(C, C).bool(), make_view)
+    assert ctx.adv is ctx.adv and ctx.frozen_clean is ctx.frozen_clean
+    assert made == ["adv", "frozen_clean"]
