@@ -34,10 +34,18 @@ def decode(parts: Mapping[str, bytes], image_size: int) -> np.ndarray:
     Raises:
         ValueError: there is no image part, or its bytes cannot be decoded.
     """
+    return np.ascontiguousarray(resize_crop(decode_whole(parts), image_size).transpose(2, 0, 1))
+
+
+def decode_whole(parts: Mapping[str, bytes]) -> np.ndarray:
+    """The image among the parts as it was stored: uint8 [height, width, 3].
+
+    Raises:
+        ValueError: as ``decode``.
+    """
     for extension in EXTENSIONS:
         if extension in parts:
-            pixels = _decode_jpeg(parts[extension]) if extension in JPEG else _decode_pillow(parts[extension])
-            return np.ascontiguousarray(resize_crop(pixels, image_size).transpose(2, 0, 1))
+            return _decode_jpeg(parts[extension]) if extension in JPEG else _decode_pillow(parts[extension])
     found = ", ".join(sorted(parts)) or "none"
     raise ValueError(f"no image among the parts ({found}); expected one of {', '.join(EXTENSIONS)}")
 
