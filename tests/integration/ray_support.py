@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from zsr.config import RunConfig
 from zsr.engine.protocols import Session, Tracker
-
 
 # One token for all clusters of this process: Ray reads it once. Left to itself it would write one into the home folder.
 _TOKEN = Path(tempfile.mkdtemp(prefix="zr", dir="/tmp")) / "token"
@@ -62,7 +62,7 @@ def local_cluster(num_cpus: int = 4) -> Iterator[None]:
             ray.shutdown()
 
 
-def counting_loop(config: RunConfig, session: Session, tracker: Tracker) -> dict[str, float]:
+def counting_loop(config: RunConfig, session: Session, tracker: Tracker) -> SimpleNamespace:
     """Counts steps, reports every other one, and writes down who did what into the folder that ``data.cache_dir`` names.
 
     ``optim.lr`` plays the metric. At step 5 a file called ``hang-NAME`` makes rank 0 wait, so that a test can kill it.
@@ -90,7 +90,7 @@ def counting_loop(config: RunConfig, session: Session, tracker: Tracker) -> dict
             session.report(metrics, folder)
         while step == 5 and session.rank == 0 and (diary / "hang").exists():
             time.sleep(0.1)
-    return metrics
+    return SimpleNamespace(metrics=metrics)
 
 
 def starts(diary: Path) -> list[dict[str, Any]]:

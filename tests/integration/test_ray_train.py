@@ -60,7 +60,7 @@ def test_a_killed_worker_is_survived_from_the_last_checkpoint(config: RunConfig,
     assert first["first"] == 0
     assert second["first"] == 4
     assert second["pid"] != first["pid"]
-    assert result.return_value["step"] == 8
+    assert result.return_value.metrics["step"] == 8
     # The record is one, whole and without repetition, although steps were run twice.
     curve = history(tmp_path / "runs/victim/tracking")["val/robust_acc"]
     assert [step for step, _ in curve] == [2, 4, 6, 8]

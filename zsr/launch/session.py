@@ -15,6 +15,9 @@ class RaySession:
 
     Args:
         run_name: of the Train run; the scratch folder belongs to it.
+
+    Attributes:
+        last: the metrics of the last report.
     """
 
     def __init__(self, run_name: str) -> None:
@@ -26,6 +29,7 @@ class RaySession:
         self.folder: Path = scratch(run_name) / f"rank-{self.rank}"
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
+        self.last: dict[str, float] = {}
 
     def resume_from(self) -> Path | None:
         checkpoint = ray.train.get_checkpoint()
@@ -36,6 +40,7 @@ class RaySession:
         return Path(checkpoint.to_directory(str(self.folder / "resume")))
 
     def report(self, metrics: dict[str, float], checkpoint: Path | None) -> None:
+        self.last = {**self.last, **metrics}
         if checkpoint is None:
             ray.train.report(metrics)
             return

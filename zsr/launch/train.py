@@ -51,6 +51,19 @@ class RunTask:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class RunOutcome:
+    """What rank 0 hands back.
+
+    Attributes:
+        metrics: the last ones, with ``step`` and ``epoch``.
+        error: why the run ended early for a reason that another attempt would only meet again, such as divergence.
+    """
+
+    metrics: Mapping[str, float]
+    error: str | None = None
+
+
 def run_name(config: RunConfig) -> str:
     """A name that stands for this configuration: another setting, another run."""
     return f"{config.name}-{config.digest()}"
@@ -84,7 +97,7 @@ def run_ray(
         loop: what each worker runs, by default the engine's.
 
     Returns:
-        Ray's result; ``return_value`` is what rank 0's loop returned. Metrics are in the tracker.
+        Ray's result; its ``return_value`` is a :class:`RunOutcome`. Metrics by step are in the tracker.
 
     Raises:
         ray.train.TrainingFailedError: the run failed more than ``launch.max_failures`` times.
@@ -122,28 +135,38 @@ def run_ray(
     return trainer.fit()
 
 
-def run_worker(arguments: dict[str, Any]) -> Any:
+def run_worker(arguments: dict[str, Any]) -> RunOutcome:
     """What each Train worker executes: build the session and rank 0's tracker, then hand over to the loop."""
     task = RunTask(**arguments["task"])
+    store = Store(arguments["storage"])
     config = RunConfig.model_validate(task.config)
-    session = RaySession(Store(arguments["storage"]).at(task.name))
-    loop = arguments["loop"]
-    if loop is None:
-        from zsr.engine.loop import train as loop
-    if session.rank != 0:
-        return loop(config, session, NullTracker())
-
-    tracker = open_tracker(task, config, Store(arguments["storage"]))
+    session = RaySession(store.at(task.name))
+    loop = arguments["loop"] or engine_loop()
+    tracker = open_tracker(task, config, store) if session.rank == 0 else NullTracker()
     record_start(tracker, config, task.swept)
     try:
         result = loop(config, session, tracker)
+    except (ArithmeticError, ValueError) as error:
+        # Divergence, or settings that the data contradict: every rank meets the same, and so would every new attempt.
+        # Handed back instead of raised, since Ray would try again.
+        tracker.set_tags({"zsr.error": str(error)})
+        tracker.finish("FAILED")
+        return RunOutcome(session.last, f"{type(error).__name__}: {error}")
     except BaseException:
         # Ray may start the run again; the tracker then finds this record and sets it back to running.
         tracker.finish("FAILED")
         raise
-    record_end(tracker, getattr(result, "metrics", {}))
+    metrics = {**session.last, **result.metrics}
+    record_end(tracker, metrics)
     tracker.finish("FINISHED")
-    return getattr(result, "metrics", result)
+    return RunOutcome(metrics)
+
+
+def engine_loop() -> Loop:
+    """zsr's training loop, imported where it runs: a driver on a head node needs no torch model."""
+    from zsr.engine.loop import train
+
+    return train
 
 
 def open_tracker(task: RunTask, config: RunConfig, store: Store) -> RunTracker[Any]:

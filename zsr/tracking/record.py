@@ -10,6 +10,7 @@ from typing import Any
 from zsr.config import RunConfig, to_yaml
 from zsr.tracking.base import RunTracker, log
 from zsr.tracking.environment import describe_environment
+from zsr.tracking.null import NullTracker
 from zsr.tracking.plots import plot_run
 from zsr.tracking.spool import history
 
@@ -22,6 +23,8 @@ def record_start(tracker: RunTracker[Any], config: RunConfig, swept: Mapping[str
         config: the run's settings.
         swept: dotted settings that differ between the runs to be compared.
     """
+    if isinstance(tracker, NullTracker):
+        return
     tracker.log_params(comparison_params(config, swept or {}))
     tracker.set_tags(
         {
@@ -37,6 +40,8 @@ def record_start(tracker: RunTracker[Any], config: RunConfig, swept: Mapping[str
 
 def record_end(tracker: RunTracker[Any], metrics: Mapping[str, float]) -> None:
     """Record the final metrics as a file and the curves as a picture; the status is the caller's to set."""
+    if isinstance(tracker, NullTracker):
+        return
     _write_artifact(tracker, "result.json", json.dumps(dict(metrics), indent=1))
     picture = tracker.folder / "curves.png"
     try:

@@ -1,0 +1,176 @@
+"""The part of a sweep that needs a cluster: run or resume the trials, then judge and publish them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zsr.config import ConfigError
+from zsr.launch.cluster import Capacity, attach, quiet_environment
+from zsr.launch.plan import Plan, duration
+from zsr.launch.store import Store
+from zsr.launch.trials import TrialBook
+
+quiet_environment()  # before Ray is imported
+
+import optuna  # noqa: E402
+from ray import tune  # noqa: E402
+
+from zsr.launch import publish  # noqa: E402
+from zsr.launch.progress import Progress  # noqa: E402
+from zsr.launch.results import Results, judge, print_table  # noqa: E402
+from zsr.launch.search import SweepSearch, make_scheduler  # noqa: E402
+from zsr.launch.trial import TrialPlan, trial_function  # noqa: E402
+from zsr.tracking.environment import source_commit  # noqa: E402
+
+if TYPE_CHECKING:
+    from zsr.launch.sweep import Sweep
+
+TUNE_FOLDER = "tune"
+
+
+def drive(sweep: Sweep, plan: Plan, store: Store, sweep_id: str, asked: Mapping[str, Any], resume: bool) -> int:
+    """Run all trials and publish the outcome; return the exit code."""
+    print(f"stage=connect sweep={sweep_id} note='joining the Ray cluster'", flush=True)
+    concurrent = settle_concurrency(plan, attach())
+    trial_plan = TrialPlan(sweep_id, plan.tree, plan.metrics, store.root, sweep.loop)
+    study_storage = open_study_storage(store)
+    store.write_json({"id": sweep_id, "name": plan.name, "asked": dict(asked)}, "sweep.json")
+    commit = source_commit()
+    tracker = publish.open_sweep_tracker(plan, trial_plan, store, {"zsr.commit": commit} if commit else {})
+    tracker.log_params({"method": plan.config.objective.name, "architecture": plan.config.model.name})
+
+    total = plan.sweep_s(concurrent)
+    about = f" about={duration(total)}" if total else ""
+    verb = "resume" if resume else "search"
+    print(f"stage={verb} trials={plan.num_trials} at_once={concurrent}{about} storage={store.root}", flush=True)
+    status = "KILLED"
+    try:
+        run_trials(sweep, plan, trial_plan, store, study_storage, concurrent)
+        status = "FINISHED"
+        print("stage=publish note='table, charts, best model; about 20s'", flush=True)
+        study = close_study(study_storage, sweep_id)
+        results = judge(close_book(TrialBook(store)), plan.metrics)
+        return finish(results, plan, trial_plan, store, study, tracker)
+    except Exception:
+        status = "FAILED"
+        raise
+    finally:
+        tracker.finish(status)  # type: ignore[arg-type]
+
+
+def run_trials(
+    sweep: Sweep, plan: Plan, trial_plan: TrialPlan, store: Store, storage: optuna.storages.BaseStorage, concurrent: int
+) -> None:
+    """Let Tune run what is still to run."""
+    # Next to nothing for Tune's own process of a trial: its workers are placed by Train, which Tune knows nothing of.
+    trainable = tune.with_resources(trial_function(trial_plan), {"CPU": 0.01})
+    path = store.at(TUNE_FOLDER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if tune.Tuner.can_restore(path):
+            tune.Tuner.restore(path, trainable=trainable, resume_unfinished=True, restart_errored=False).fit()
+            return
+        book = TrialBook(store)
+        search = SweepSearch(sweep.space, plan.metrics, storage, trial_plan.sweep_id, plan.seed, book, sweep.first)
+        tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                num_samples=plan.num_trials,
+                max_concurrent_trials=concurrent,
+                search_alg=search,
+                scheduler=make_scheduler(plan.metrics, plan.steps or 1, sweep.asha.grace, sweep.asha.reduction_factor),
+            ),
+            run_config=tune.RunConfig(
+                name=TUNE_FOLDER,
+                storage_path=store.root,
+                verbose=0,
+                callbacks=[Progress(plan, book, concurrent)],
+                failure_config=tune.FailureConfig(max_failures=1),
+            ),
+        ).fit()
+
+
+def settle_concurrency(plan: Plan, capacity: Capacity) -> int:
+    """Trials at once: what fits, at most what was asked for.
+
+    Raises:
+        ConfigError: not even one fits, and nobody said that the cluster will grow.
+    """
+    fit = capacity.trials(plan.cpus_per_trial, plan.gpus_per_trial)
+    wanted = min(plan.max_concurrent or plan.num_trials, plan.num_trials)
+    if fit >= 1:
+        return min(fit, wanted)
+    need = f"{plan.cpus_per_trial:g} CPUs and {plan.gpus_per_trial:g} GPUs"
+    has = f"{capacity.cpus:g} and {capacity.gpus:g}"
+    if plan.max_concurrent is None:
+        raise ConfigError(
+            f"launch.workers={plan.config.launch.workers}: one trial needs {need}, and the cluster has {has}; lower "
+            "--workers-per-trial, or give --max-concurrent if the cluster grows on demand"
+        )
+    print(f"stage=wait note='a trial needs {need}; the cluster has {has} and is expected to grow'", flush=True)
+    return wanted
+
+
+def finish(results: Results, plan: Plan, trial_plan: TrialPlan, store: Store, study: optuna.Study, tracker: Any) -> int:
+    """Publish and print; 0 if there is a best trial."""
+    files = publish.write_files(results, plan, store, study)
+    publish.settle_trials(results, plan, trial_plan, store)
+    exported: Path | None = None
+    if results.best is not None:
+        exported = publish.register_best(results.best, plan, trial_plan, store)
+    pages = tracker_pages(plan, trial_plan)
+    note = publish.sweep_note(results, plan, pages[1] if pages else None)
+    publish.record_sweep(tracker, results, plan, files, note)
+
+    print_table(results, plan)
+    best = results.best
+    if best is None:
+        print("best=none note='no trial finished with a value that can be believed'", flush=True)
+    else:
+        print(f"best trial={best.number} config={store.folder('results')}/best.yaml", flush=True)
+        print(f"best checkpoint={best.checkpoint}", flush=True)
+        if exported:
+            print(f"best model={exported} (open_clip format)", flush=True)
+    if pages:
+        print(f"mlflow sweep={pages[0]}", flush=True)
+        print(f"mlflow compare={pages[1]}", flush=True)
+    return 0 if best is not None else 1
+
+
+def tracker_pages(plan: Plan, trial_plan: TrialPlan) -> tuple[str, str] | None:
+    """Addresses of the sweep's page and of the comparison of its trials, if MLflow keeps them."""
+    if plan.config.tracking.name != "mlflow":
+        return None
+    from zsr.tracking.mlflow import mlflow_uri, run_pages
+
+    tracking = plan.config.tracking
+    return run_pages(mlflow_uri(tracking.uri), tracking.experiment, trial_plan.parent_key)
+
+
+def open_study_storage(store: Store) -> optuna.storages.BaseStorage:
+    """Optuna's storage: a journal in the sweep's folder. With a bucket, one on this machine (the head node)."""
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.storages.JournalStorage(JournalFileBackend(str(store.folder("search") / "optuna.journal")))
+
+
+def close_study(storage: optuna.storages.BaseStorage, sweep_id: str) -> optuna.Study:
+    """The study, with no trial left running: one that a crash cut off would else count as running for ever."""
+    study = optuna.load_study(study_name=sweep_id, storage=storage)
+    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    return study
+
+
+def close_book(book: TrialBook) -> list[Any]:
+    """All trials, with none left open."""
+    records = book.all()
+    for record in records:
+        if not record.ended:
+            record.state, record.error = "failed", record.error or "lost when the sweep was interrupted"
+            book.write(record)
+    return records

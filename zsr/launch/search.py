@@ -1,0 +1,142 @@
+"""Optuna behind Ray Tune: which point is tried next, and what a trial's outcome means to the search."""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optuna
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from zsr.launch.space import Point, Space
+from zsr.launch.trials import TrialBook
+
+log = logging.getLogger("zsr.launch")
+
+ZERO_GRAD_LIMIT = 0.05
+"""Share of validation samples whose input gradient is all zero above which a robust accuracy is not believed: an attack
+that sees no gradient says nothing (gradient masking)."""
+
+
+class SweepSearch(OptunaSearch):
+    """OptunaSearch that numbers trials, writes each into the trial book, and forgives reports without the objective.
+
+    Args:
+        space: gives a point, as dotted settings, for an Optuna trial.
+        metrics: objectives with their modes; one gives a single-objective study.
+        storage: where the study lives; survives the process.
+        study_name: the sweep's id.
+        seed: of the sampler.
+        book: where trials are written down.
+        first: points to try before the sampler chooses, by the names that the space gives its suggestions.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        metrics: Sequence[tuple[str, str]],
+        storage: optuna.storages.BaseStorage,
+        study_name: str,
+        seed: int,
+        book: TrialBook,
+        first: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        self._book = book
+        names, modes = [name for name, _ in metrics], [mode for _, mode in metrics]
+        single = len(metrics) == 1
+        super().__init__(
+            space=_Suggest(space),
+            metric=names[0] if single else names,
+            mode=modes[0] if single else modes,
+            study_name=study_name,
+            storage=storage,
+            sampler=make_sampler(seed),
+            points_to_evaluate=[dict(point) for point in first] or None,
+        )
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        suggestion = super().suggest(trial_id)
+        number = self._ot_trials[trial_id].number
+        point = suggestion["point"]
+        self._book.create(number, trial_id, point)
+        # Only what the trial needs, under fixed names: Tune flattens and prints whatever it finds here.
+        return {"number": number, "point": point}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if isinstance(self.metric, str) and self.metric not in result:
+            return
+        super().on_trial_result(trial_id, result)
+
+    def save(self, checkpoint_path: str) -> None:
+        # The space is code: it comes back with the sweep file, not from a pickle that may refer to another __main__.
+        state = {key: value for key, value in self.__dict__.items() if key != "_space"}
+        with open(checkpoint_path, "wb") as file:
+            pickle.dump(state, file)
+
+
+class _Suggest:
+    """Wraps a space so that its point arrives as one value, apart from the names of the suggestions."""
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+
+    def __call__(self, trial: Any) -> dict[str, Point]:
+        return {"point": dict(self.space(trial))}
+
+
+def make_sampler(seed: int) -> optuna.samplers.BaseSampler:
+    """Multivariate TPE: for one objective or several, with trials running side by side."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # multivariate and group are marked experimental
+        return optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
+
+
+def make_scheduler(
+    metrics: Sequence[tuple[str, str]], steps: int, grace: float, reduction_factor: float
+) -> TrialScheduler:
+    """ASHA over optimizer steps for one objective; none for several, where it would prune along one axis alone.
+
+    Args:
+        metrics: objectives with their modes.
+        steps: of a full trial.
+        grace: share of the steps that every trial gets.
+        reduction_factor: one in so many goes on at each rung.
+    """
+    if len(metrics) > 1:
+        return FIFOScheduler()
+    return ASHAScheduler(
+        # Not Tune's own iteration count, which starts again when a sweep is resumed.
+        time_attr="step",
+        metric=metrics[0][0],
+        mode=metrics[0][1],
+        max_t=steps + 1,  # full trials end by themselves
+        grace_period=max(1, int(steps * grace)),
+        reduction_factor=reduction_factor,
+    )
+
+
+def worst(mode: str) -> float:
+    """What an objective counts as when a trial has no honest value: none is left out, or the search would wait for it."""
+    return 0.0 if mode == "max" else 1e6
+
+
+def find_flags(metrics: Mapping[str, float]) -> list[str]:
+    """Reasons not to believe a trial's robust accuracy."""
+    share = metrics.get("val/zero_grad_frac", 0.0)
+    return [f"zero_grad_frac={share:.3g}>{ZERO_GRAD_LIMIT:g}"] if share > ZERO_GRAD_LIMIT else []
+
+
+def honest(metrics: Mapping[str, float], objectives: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """The objectives as the search may see them: the worst value for what is not finite or not to be believed."""
+    flagged = bool(find_flags(metrics))
+    seen = {}
+    for name, mode in objectives:
+        value = metrics.get(name, math.nan)
+        distrusted = not math.isfinite(value) or (flagged and "robust" in name)
+        seen[name] = worst(mode) if distrusted else float(value)
+    return seen
