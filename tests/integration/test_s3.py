@@ -68,7 +68,10 @@ def test_a_set_on_s3_equals_the_folder(tmp_path, folder):
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_training_from_s3_equals_training_from_the_folder(tmp_path, folder):
+@pytest.mark.parametrize("cache_gb", ["0", "0.0007"])  # everything, or hardly more than one shard
+def test_training_from_s3_equals_training_from_the_folder(monkeypatch, tmp_path, folder, cache_gb):
+    monkeypatch.setenv("ZSR_CACHE_GB", cache_gb)
+
     def batches(shards, num_workers):
         stream = train_batches(shards, seed=3, global_batch=8, image_size=64, num_workers=num_workers)
         with_position = list(islice(stream, 6))

@@ -6,12 +6,12 @@ needs to ask again. The name starts with that checksum: a set that was rewritten
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from zsr.data.index import Shard
@@ -20,13 +20,22 @@ log = logging.getLogger(__name__)
 
 
 class ShardCache:
-    """A folder of downloaded shards."""
+    """A folder of downloaded shards.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: made when needed; one that is filled beforehand may be read-only.
+        max_bytes: least recently used shards make room for new ones beyond this; 0 keeps all. Shards that are being
+            downloaded come on top.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int = 0) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
 
     def get(self, shard: Shard, address: str, download: Callable[[Path], None]) -> Path:
         """The shard's file; whoever comes first downloads it, the others wait for that.
+
+        With ``max_bytes`` the file may be gone again a moment later: open it, and ask again if that fails. An open file
+        can be read to its end whatever happens here.
 
         Args:
             shard: what is wanted.
@@ -45,6 +54,7 @@ class ShardCache:
         with _locked(path.with_name(path.name + ".lock")):
             if _is_whole(path, shard):
                 return path
+            self._make_room(shard.bytes)
             partial = path.with_name(path.name + ".part")
             # Twice: a wrong beginning left by someone else, or bits flipped on the way, deserve one more try. A wrong
             # object in the bucket stays wrong.
@@ -61,6 +71,18 @@ class ShardCache:
             "store the shard again, or run `zsr data verify` on the original"
         )
 
+    def _make_room(self, num_bytes: int) -> None:
+        if not self.max_bytes:
+            return
+        with _locked(self.folder / "cache.lock"):
+            found = [(path.stat(), path) for path in self.folder.iterdir() if path.suffix not in (".lock", ".part")]
+            excess = sum(status.st_size for status, _ in found) + num_bytes - self.max_bytes
+            for status, path in sorted(found, key=lambda entry: entry[0].st_mtime_ns):
+                if excess <= 0:
+                    break
+                path.unlink(missing_ok=True)
+                excess -= status.st_size
+
 
 def file_sha256(path: Path) -> str:
     """Hex digest of a file's content."""
@@ -71,12 +93,15 @@ def file_sha256(path: Path) -> str:
 def _is_whole(path: Path, shard: Shard) -> bool:
     # Content was checked before the file got this name; the size guards against a disk that lost data in a crash.
     try:
-        return path.stat().st_size == shard.bytes
+        whole = path.stat().st_size == shard.bytes
+        with contextlib.suppress(PermissionError):  # somebody else's cache
+            os.utime(path)  # the time of last use, by which room is made
     except FileNotFoundError:
         return False
+    return whole
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock between processes and threads; the kernel frees it if its holder dies."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

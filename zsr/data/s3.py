@@ -43,7 +43,7 @@ class S3Storage(Storage):
         ValueError: the address has no bucket or carries credentials, or boto3 is not installed.
     """
 
-    def __init__(self, address: str, cache_folder: Path) -> None:
+    def __init__(self, address: str, cache_folder: Path, cache_bytes: int = 0) -> None:
         parts = urlsplit(address)
         if "@" in parts.netloc or ":" in parts.netloc:
             raise ValueError(
@@ -58,7 +58,7 @@ class S3Storage(Storage):
             raise ValueError(f"reading {address} needs boto3; install it with `pip install boto3`") from None
         self.bucket, self.prefix = parts.netloc, parts.path.strip("/")
         self.address = f"s3://{self.bucket}/{self.prefix}".rstrip("/")
-        self.cache = ShardCache(cache_folder)
+        self.cache = ShardCache(cache_folder, cache_bytes)
         self.num_retries = 0
         """Requests that this process had to repeat."""
         self._local = threading.local()

@@ -14,12 +14,14 @@ import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from zsr.data.index import INDEX_FILE, Shard, ShardIndex, parse_index
 from zsr.data.storage import Storage, open_storage
+
+_OPEN_TRIES = 5
 
 
 class RawSample(NamedTuple):
@@ -116,16 +118,27 @@ class ShardSet:
         with self._lock:
             opened = self._opened.get(shard)
             if opened is None:
-                path = self.fetch(shard)
-                samples = scan(path, self.index.shards[shard], self.address)
-                opened = _OpenShard(os.open(path, os.O_RDONLY), samples)
+                file = self._open_file(shard)
                 # Closed when the last reader lets go: a thread may still be reading a shard that is dropped here.
-                weakref.finalize(opened, os.close, opened.descriptor)
+                try:
+                    opened = _OpenShard(file.fileno(), scan(file, self.index.shards[shard], self.address))
+                except (ValueError, OSError):
+                    file.close()
+                    raise
+                weakref.finalize(opened, file.close)
                 self._opened[shard] = opened
                 if len(self._opened) > self._max_open:
                     self._opened.popitem(last=False)
             self._opened.move_to_end(shard)
             return opened
+
+    def _open_file(self, shard: int) -> BinaryIO:
+        for _ in range(_OPEN_TRIES - 1):
+            try:
+                return self.fetch(shard).open("rb")
+            except FileNotFoundError:
+                pass  # a bounded cache made room for another shard in between
+        return self.fetch(shard).open("rb")
 
     def reopen(self) -> None:
         """Forget open files. For a forked process: a lock that another thread held at the fork stays locked in it."""
@@ -143,15 +156,15 @@ class ShardSet:
         self._reset()
 
 
-def scan(path: Path, shard: Shard, address: str) -> list[tuple[str, list[_Member]]]:
-    """Key and member ranges of each sample of a tar file; members with one key follow each other.
+def scan(file: BinaryIO, shard: Shard, address: str) -> list[tuple[str, list[_Member]]]:
+    """Key and member ranges of each sample of a tar file open at its beginning; members with one key follow each other.
 
     Raises:
         ValueError: the file is no tar, is compressed or cut short, or holds more or fewer samples than the index says.
     """
     where = f"shard {shard.file} of {address}"
     samples: list[tuple[str, list[_Member]]] = []
-    for path_in_tar, offset, size in _plain_members(path) or _any_members(path, where):
+    for path_in_tar, offset, size in _plain_members(file) or _any_members(file, where):
         folder, _, name = path_in_tar.rpartition("/")
         stem, _, extension = name.partition(".")
         key = f"{folder}/{stem}" if folder else stem
@@ -163,34 +176,34 @@ def scan(path: Path, shard: Shard, address: str) -> list[tuple[str, list[_Member
     return samples
 
 
-def _plain_members(path: Path) -> list[tuple[str, int, int]]:
+def _plain_members(file: BinaryIO) -> list[tuple[str, int, int]]:
     """(name, offset, size) of the files in a tar with nothing but plain headers, else an empty list.
 
     Every loader process of a node scans every shard, so this must cost little beside decoding a few images; the tarfile
     module takes ten times as long, and is left the tars with long names, extended headers or damage.
     """
     members: list[tuple[str, int, int]] = []
-    with path.open("rb", buffering=0) as file:
-        descriptor, end, at = file.fileno(), path.stat().st_size, 0
-        while True:
-            header = os.pread(descriptor, 512, at)
-            if len(header) < 512 or header[0] == 0:
-                return members if len(header) == 512 else []
-            digits = header[124:136].rstrip(b" \0")
-            if header[257:262] != b"ustar" or header[156] not in b"0\0" or not digits.isdigit() or header[345]:
-                return []
-            size = int(digits, 8)
-            name = header[: header.index(0)] if header[99] == 0 else header[:100]
-            members.append((name.decode("utf-8", "surrogateescape"), at + 512, size))
-            at += 512 + (size + 511) // 512 * 512
-            if at > end:
-                return []
+    descriptor, at = file.fileno(), 0
+    end = os.fstat(descriptor).st_size
+    while True:
+        header = os.pread(descriptor, 512, at)
+        if len(header) < 512 or header[0] == 0:
+            return members if len(header) == 512 else []
+        digits = header[124:136].rstrip(b" \0")
+        if header[257:262] != b"ustar" or header[156] not in b"0\0" or not digits.isdigit() or header[345]:
+            return []
+        size = int(digits, 8)
+        name = header[: header.index(0)] if header[99] == 0 else header[:100]
+        members.append((name.decode("utf-8", "surrogateescape"), at + 512, size))
+        at += 512 + (size + 511) // 512 * 512
+        if at > end:
+            return []
 
 
-def _any_members(path: Path, where: str) -> list[tuple[str, int, int]]:
+def _any_members(file: BinaryIO, where: str) -> list[tuple[str, int, int]]:
     members: list[tuple[str, int, int]] = []
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if member.isfile():
                     members.append((member.name, member.offset_data, member.size))

@@ -78,16 +78,16 @@ def open_storage(address: str | Path, cache_dir: str | Path | None = None) -> St
     Args:
         address: folder, ``s3://bucket/prefix`` or ``zsr:name/split``.
         cache_dir: where remote shards are kept; ``$ZSR_CACHE`` or ``~/.cache/zsr`` when empty. Processes of one machine
-            that name the same folder share its files.
+            that name the same folder share its files. ``$ZSR_CACHE_GB`` bounds its size.
 
     Raises:
-        ValueError: the address has an unknown form.
+        ValueError: the address has an unknown form, or ``$ZSR_CACHE_GB`` is no number.
     """
     text = str(address)
     if text.startswith("s3://"):
         from zsr.data.s3 import S3Storage  # boto3 is an optional extra
 
-        return S3Storage(text, default_cache(cache_dir))
+        return S3Storage(text, default_cache(cache_dir), cache_limit())
     if text.startswith("zsr:"):
         return LocalStorage(_embedded(text), text)
     if "://" in text:
@@ -99,6 +99,18 @@ def open_storage(address: str | Path, cache_dir: str | Path | None = None) -> St
 def default_cache(cache_dir: str | Path | None) -> Path:
     chosen = cache_dir or os.environ.get("ZSR_CACHE") or "~/.cache/zsr"
     return Path(chosen).expanduser() / "shards"
+
+
+def cache_limit() -> int:
+    """Bytes that ``$ZSR_CACHE_GB`` (10^9 bytes each) allows the cache; 0 without it, which bounds nothing."""
+    text = os.environ.get("ZSR_CACHE_GB") or "0"
+    try:
+        limit = int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        limit = -1
+    if limit < 0:
+        raise ValueError(f"ZSR_CACHE_GB={text} should be a number of gigabytes, such as 200; 0 sets no bound")
+    return limit
 
 
 def embedded_sets() -> list[str]:
