@@ -269,8 +269,9 @@ RANKS, RANKS_TIMEOUT_S = 2, 120
 
 def run_as_rank(rank: int, folder: Path) -> None:
     """One rank's half of the batch for every objective; rank 0 keeps the averaged gradients."""
-    import torch.distributed as dist
     from datetime import timedelta
+
+    import torch.distributed as dist
 
     address = (folder / "rendezvous").as_uri()
     dist.init_process_group(
