@@ -60,9 +60,9 @@ def test_train_evaluate_export(
     assert "linf 1/255" in table
     assert "linf 4/255" in table
     content = json.loads(results.read_text())
-    assert [row["eps"] for row in content["results"]] == ["1/255", "4/255"]
+    assert list(content["results"][0]["robust"]) == ["1/255", "4/255"]
     assert content["protocol"]["attacks"]["4/255"]["steps"] == 1
-    assert content["results"][0]["num_samples"] == 10
+    assert content["results"][0]["clean"]["num_samples"] == 10
 
     assert call("export", run, "--out", exported) == 0
     assert (exported / "open_clip_config.json").is_file()
@@ -72,7 +72,7 @@ def test_train_evaluate_export(
     # The exported folder is a model like any other, and is as accurate as the checkpoint.
     assert call("eval", "--model", exported, *options, "--json", tmp_path / "again.json") == 0
     again = json.loads((tmp_path / "again.json").read_text())
-    assert again["results"][0]["clean_acc"] == content["results"][0]["clean_acc"]
+    assert again["results"][0]["clean"] == content["results"][0]["clean"]
 
 
 def test_a_runs_folder_means_its_latest_checkpoint(tmp_path: Path) -> None:

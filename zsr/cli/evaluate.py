@@ -6,9 +6,14 @@ import dataclasses
 import enum
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from zsr.cli.output import ProgressLine, percent, print_table
+
+if TYPE_CHECKING:
+    from zsr.eval import Accuracy
 
 
 class Precision(enum.StrEnum):
@@ -52,59 +57,60 @@ def evaluate(
     import torch
 
     from zsr.cli.models import load_named
-    from zsr.cli.output import percent, print_table, progress_line
     from zsr.data.shards import ShardSet
-    from zsr.engine.quick_eval import ZeroShotHead
-    from zsr.engine.quick_eval import evaluate as evaluate_set
-    from zsr.models import TextBank
+    from zsr.eval import evaluate_sets
 
     if template is not None and "{}" not in template:
         raise ValueError(f"--template {template!r}: needs {{}} where the class name goes")
-    budgets = _attacks(eps, steps, step_size, norm.value, restarts)
+    attacks = _attacks(eps, steps, step_size, norm.value, restarts)
     sets = [ShardSet(address.strip()) for address in data.split(",") if address.strip()]
+    if not sets:
+        raise ValueError("--data: names no set; write such as zsr:emoji/test_both")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     clip, trained_template = load_named(model, pretrained, precision.value, device)
-    bank = TextBank(clip)
-
-    records: list[dict[str, Any]] = []
-    rows: list[list[str]] = []
-    for shards in sets:
-        prompt = template or trained_template or shards.templates[0]
-        head = ZeroShotHead(clip, bank, shards.classes, [prompt])
-        cells: list[str] = []
-        for label, attack in budgets.items():
-            result = evaluate_set(
-                head,
-                shards,
-                attack,
-                num_samples=num_samples,
-                batch_size=batch_size,
-                seed=seed,
-                progress=progress_line(f"{shards.address} eps={label}"),
-            )
-            robust, zero = result.robust_acc or 0.0, result.zero_grad_frac or 0.0
-            cells = cells or [
-                shards.address,
-                str(result.num_samples),
-                str(result.num_classes),
-                percent(result.clean_acc),
-            ]
+    rows = evaluate_sets(
+        clip,
+        sets,
+        attacks,
+        template=template or trained_template,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+        progress=ProgressLine(),
+    )
+    header = ["set", "images", "chance", "clean", *(f"{norm.value} {label}" for label in attacks)]
+    cells = [
+        [
+            row.data,
+            str(row.clean.num_samples),
+            percent(row.chance),
+            _with_interval(row.clean),
             # Zero input gradients mean that the attack was blind there, not that the model is robust.
-            cells.append(percent(robust) + (f" ({100 * zero:.0f}% blind)" if zero else ""))
-            records.append({"data": shards.address, "eps": label, "template": prompt, **dataclasses.asdict(result)})
-        rows.append(cells)
-    header = ["set", "images", "classes", "clean", *(f"{norm.value} {label}" for label in budgets)]
-    print_table(f"{model}: accuracy in %, PGD-{steps}", header, rows)
+            *(_with_interval(row.robust[label]) + _blind(row.zero_grad_frac[label]) for label in attacks),
+        ]
+        for row in rows
+    ]
+    print_table(f"{model}: accuracy in %, PGD-{steps}, with 95% intervals", header, cells)
     if json_file is not None:
         protocol = {
             "model": model,
             "image_size": clip.image_size,
-            "attacks": {label: attack.config.model_dump(mode="json") for label, attack in budgets.items()},
+            "attacks": {label: attack.config.model_dump(mode="json") for label, attack in attacks.items()},
             "batch_size": batch_size,
             "precision": precision.value,
             "seed": seed,
         }
-        json_file.write_text(json.dumps({"protocol": protocol, "results": records}, indent=2) + "\n")
+        results = [dataclasses.asdict(row) for row in rows]
+        json_file.write_text(json.dumps({"protocol": protocol, "results": results}, indent=2) + "\n")
+
+
+def _with_interval(accuracy: Accuracy) -> str:
+    low, high = accuracy.interval
+    return f"{percent(accuracy.value)} ({percent(low)}-{percent(high)})"
+
+
+def _blind(zero_grad_frac: float) -> str:
+    return f" {percent(zero_grad_frac)}% blind" if zero_grad_frac else ""
 
 
 def _attacks(eps: str, steps: int, step_size: str | None, norm: str, restarts: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
@@ -46,22 +46,21 @@ def print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def progress_line(label: str) -> Callable[[int, int], None]:
-    """A callback for (done, to do) that keeps one line on stderr up to date; away from a terminal a line now and then."""
-    on_terminal = sys.stderr.isatty()
-    shown_at = time.monotonic()
+class ProgressLine:
+    """Keeps one line on stderr up to date; away from a terminal it is a line now and then."""
 
-    def show(done: int, total: int) -> None:
-        nonlocal shown_at
+    def __init__(self) -> None:
+        self.on_terminal = sys.stderr.isatty()
+        self.shown_at = time.monotonic()
+
+    def __call__(self, data: str, label: str, done: int, total: int) -> None:
         finished = done >= total
-        if not finished and time.monotonic() - shown_at < (0.2 if on_terminal else 20):
+        if not finished and time.monotonic() - self.shown_at < (0.2 if self.on_terminal else 20):
             return
-        shown_at = time.monotonic()
-        line = f"{label} {done}/{total}"
-        sys.stderr.write(f"\r{line}\x1b[K" + "\n" * finished if on_terminal else f"{line}\n")
+        self.shown_at = time.monotonic()
+        line = f"set={data} eps={label} done={done}/{total}"
+        sys.stderr.write(f"\r{line}\x1b[K" + "\n" * finished if self.on_terminal else f"{line}\n")
         sys.stderr.flush()
-
-    return show
 
 
 def percent(fraction: float) -> str:
