@@ -25,6 +25,7 @@ def convert(
         int, typer.Option("--image-size", min=0, help="Shorter side after resizing; 0 keeps files.")
     ] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Of the order in which samples are laid into shards.")] = 0,
+    licence: Annotated[str, typer.Option("--licence", help="Of the images, for the index.")] = "",
 ) -> None:
     """Turn a folder of images into shards with an index."""
     from zsr.data import convert as room
@@ -37,6 +38,7 @@ def convert(
         samples_per_shard=shard_size,
         image_size=image_size,
         seed=seed,
+        licence=licence,
     )
     typer.echo(f"wrote {target}; check it with: zsr data verify {target}")
 
@@ -47,7 +49,7 @@ def verify(address: Address) -> None:
     from zsr.data import convert as room
 
     problems = room.verify(address)
-    for problem in problems or []:
+    for problem in problems:
         typer.echo(problem, err=True)
     if problems:
         raise typer.Exit(1)
@@ -58,23 +60,21 @@ def verify(address: Address) -> None:
 def info(address: Address) -> None:
     """Print what a set holds."""
     from zsr.cli.output import print_pairs
-    from zsr.data.shards import ShardSet
+    from zsr.data import convert as room
 
-    shards = ShardSet(address)
-    index = shards.index
-    size = sum(shard.bytes for shard in index.shards) / 1e6
-    counts = index.class_counts
+    found = room.info(address)
+    fewest, most = found["samples_per_class"]
     print_pairs(
         address,
         [
-            ("name", index.name),
-            ("images", str(len(shards))),
-            ("classes", f"{len(index.classes)}, with {min(counts)} to {max(counts)} images each"),
-            ("such as", ", ".join(index.classes[:6])),
-            ("templates", " | ".join(index.templates[:3])),
-            ("shards", f"{len(index.shards)}, {size:.1f} MB"),
-            ("licence", index.licence),
-            ("source", index.source),
+            ("name", found["name"]),
+            ("images", str(found["samples"])),
+            ("classes", f"{found['classes']}, with {fewest} to {most} images each"),
+            ("templates", " | ".join(found["templates"][:3])),
+            ("shards", f"{found['shards']}, {found['bytes'] / 1e6:.1f} MB"),
+            ("digest", found["digest"]),
+            ("licence", found["licence"]),
+            ("source", found["source"]),
         ],
     )
 

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, one sentence a problem: dotted path, value, what was expected, the closest name."""
+"""What is wrong with a configuration, a sentence each: dotted path, value, what was expected, the closest name."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Dotted overrides (``objective.weight_mhe=0.1``) and the one rule by which layers of settings are laid over each other.
+"""Dotted overrides (``objective.weight_mhe=0.1``) and the rule by which layers of settings lie over each other.
 
 The command line, a preset's ``extends`` and a sweep's sampled points all go through :func:`merge`, so a value means the
-same wherever it is written. The rule that needs saying: a group with a ``name`` belongs to that name. When an upper layer
-changes the name, the lower layer's other keys are dropped, since they were settings of something else.
+same wherever it is written. What needs saying: a group with a ``name`` belongs to that name. When an upper layer changes
+the name, the lower layer's other keys are dropped, since they were settings of something else.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def parse_value(text: str) -> Any:
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay ``upper`` over ``lower``: groups are joined key by key, values replaced, another ``name`` starts a group afresh."""
+    """Lay ``upper`` over ``lower``: groups are joined, values replaced, another ``name`` starts its group afresh."""
     return _merge(lower, upper, ())
 
 
@@ -94,7 +94,7 @@ def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any], path: tuple[str, 
 
 
 def _set(layer: dict[str, Any], tree: Mapping[str, Any], keys: tuple[str, ...], value: Any) -> None:
-    """Put ``value`` at ``keys`` of the new layer; refuse a path through what is a number or a list in the tree below."""
+    """Put ``value`` at ``keys`` of the new layer; refuse a path through what is one value in the tree below."""
     below: Any = tree
     for depth, key in enumerate(keys[:-1]):
         below = below.get(key) if isinstance(below, Mapping) else None
