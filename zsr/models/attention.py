@@ -34,6 +34,8 @@ class ContiguousAttention(nn.MultiheadAttention):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = ~attn_mask  # True means "look away" to MultiheadAttention, "look" to the function below
         batch, length, width = query.shape
         packed = F.linear(query, self.in_proj_weight, self.in_proj_bias)
         # [3, B, heads, L, head width]: views, no copies; scaled_dot_product_attention takes strided input.

@@ -143,7 +143,7 @@ class RobustCLIP(nn.Module):
         """Text features before the last projection, float32 ``[len(prompts), E]``, with the text tower in eval mode."""
         owner = projection_owner(self.open_clip)
         projection = owner.text_projection
-        was_training = self.open_clip.training
+        modes = [(module, module.training) for module in self.open_clip.modules()]
         device = self.text_projection.device
         self.open_clip.eval()
         try:
@@ -155,7 +155,8 @@ class RobustCLIP(nn.Module):
             ]
         finally:
             owner.text_projection = projection
-            self.open_clip.train(was_training)
+            for module, training in modes:
+                module.training = training
         return torch.cat(parts)
 
     def trained_state(self) -> dict[str, Tensor]:

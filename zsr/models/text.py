@@ -51,8 +51,9 @@ class TextBank:
             if features is None:
                 features = self._model.encode_prompts(prompts)
                 self._to_disk(key, features)
-            self._memory[key] = features.view(len(class_names), len(templates), -1)
-        return self._memory[key].to(self._model.text_projection.device)
+            self._memory[key] = features
+        features_CKE = self._memory[key].view(len(class_names), len(templates), -1)
+        return features_CKE.to(self._model.text_projection.device)
 
     def _key(self, prompts: list[str]) -> str:
         """Content hash of everything the features depend on: prompts, tokenizer, frozen text weights."""
