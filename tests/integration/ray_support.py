@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,10 +66,56 @@ def local_cluster(num_cpus: int = 4) -> Iterator[None]:
             ray.shutdown()
 
 
+@contextmanager
+def head_process(num_cpus: int = 4) -> Iterator[dict[str, str]]:
+    """A cluster in processes of its own, which outlives the drivers that a test kills; gives their environment."""
+    with tempfile.TemporaryDirectory(prefix="zr", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        port, dashboard, client = free_ports(3)
+        values = {**os.environ, **cluster_environment(Path(folder)), "RAY_AUTH_MODE": "token"}
+        command = ["ray", "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}"]
+        command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+        command += ["--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--temp-dir={folder}/r"]
+        command += ["--object-store-memory=100000000", "--dashboard-agent-listen-port=0"]
+        ray = Path(sys.executable).with_name("ray")
+        with Path(folder, "head.log").open("w") as log:
+            head = subprocess.Popen(
+                [str(ray), *command[1:]], env=values, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            _wait_for(lambda: "Ray runtime started" in Path(folder, "head.log").read_text(), 90)
+            yield {**values, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+        finally:
+            os.killpg(head.pid, signal.SIGTERM)
+            try:
+                head.wait(15)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(head.pid, signal.SIGKILL)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def _wait_for(ready: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not ready after {seconds} s")
+        time.sleep(0.2)
+
+
 def counting_loop(config: RunConfig, session: Session, tracker: Tracker) -> SimpleNamespace:
     """Counts steps, reports every other one, and writes down who did what into the folder that ``data.cache_dir`` names.
 
-    ``optim.lr`` plays the metric. At step 5 a file called ``hang-NAME`` makes rank 0 wait, so that a test can kill it.
+    ``optim.lr`` plays the metric. At step 5 a file called ``hang`` makes rank 0 wait, so that a test can kill it.
     """
     diary = Path(config.data.cache_dir or ".")
     found = session.resume_from()

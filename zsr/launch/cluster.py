@@ -51,8 +51,8 @@ def attach(env: Mapping[str, str] | None = None) -> Capacity:
         env: variables that every worker process should have.
 
     Raises:
-        RuntimeError: the cluster has no dashboard. Ray frees the places of stopped trials by asking it, so a sweep would
-            fill the cluster with dead trials and wait for ever.
+        RuntimeError: the cluster has no dashboard. Ray frees the places of stopped trials by asking it; without it a
+            sweep would fill the cluster with dead trials and wait for ever.
     """
     quiet_environment()
     import ray
@@ -66,8 +66,8 @@ def attach(env: Mapping[str, str] | None = None) -> Capacity:
     )
     if not context.dashboard_url:
         raise RuntimeError(
-            "the Ray cluster has no dashboard, without which stopped trials keep their places: install ray[default] on the "
-            "head and start it with --include-dashboard=true"
+            "the Ray cluster has no dashboard, without which stopped trials keep their places: install ray[default] "
+            "on the head and start it with --include-dashboard=true"
         )
     found = ray.cluster_resources()
     return Capacity(found.get("CPU", 0.0), found.get("GPU", 0.0))

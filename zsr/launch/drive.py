@@ -74,7 +74,9 @@ def run_trials(
             tune.Tuner.restore(path, trainable=trainable, resume_unfinished=True, restart_errored=False).fit()
             return
         book = TrialBook(store)
-        search = SweepSearch(sweep.space, plan.metrics, storage, trial_plan.sweep_id, plan.seed, book, sweep.first)
+        search = SweepSearch(
+            sweep.space, plan.config, plan.metrics, storage, trial_plan.sweep_id, plan.seed, book, sweep.first
+        )
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(

@@ -48,7 +48,7 @@ def write_files(results: Results, plan: Plan, store: Store, study: optuna.Study)
 
 
 def record_sweep(tracker: RunTracker[Any], results: Results, plan: Plan, files: list[Path], note: str) -> None:
-    """Put the outcome on the sweep's page: the best trial's numbers under the names that trials use, the table as note."""
+    """Put the outcome on the sweep's page: the best trial's numbers, named as in the trials, and the table as note."""
     numbers = {"cost/worker_hours": sum(worker_hours(trial, plan) for trial in results.trials)}
     if results.best is not None:
         numbers |= {name: results.best.metrics[name] for name, _ in FRONT_AXES if name in results.best.metrics}
@@ -67,7 +67,7 @@ def sweep_note(results: Results, plan: Plan, compare: str | None) -> str:
 
 
 def settle_trials(results: Results, plan: Plan, trial_plan: TrialPlan, store: Store) -> None:
-    """Give every trial's run its end state, for trials that were stopped before they could, and deliver what was kept."""
+    """Give every trial's run its end state, also those that were stopped before they could; deliver what was kept."""
     states = {"finished": "FINISHED", "pruned": "KILLED", "diverged": "FAILED", "failed": "FAILED"}
     for trial in results.trials:
         if trial.state not in states or trial.attempts == 0:

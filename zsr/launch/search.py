@@ -13,6 +13,7 @@ import optuna
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
+from zsr.config import RunConfig
 from zsr.launch.space import Point, Space
 from zsr.launch.trials import TrialBook
 
@@ -28,6 +29,7 @@ class SweepSearch(OptunaSearch):
 
     Args:
         space: gives a point, as dotted settings, for an Optuna trial.
+        base: settings that all trials share, which the space is shown.
         metrics: objectives with their modes; one gives a single-objective study.
         storage: where the study lives; survives the process.
         study_name: the sweep's id.
@@ -39,6 +41,7 @@ class SweepSearch(OptunaSearch):
     def __init__(
         self,
         space: Space,
+        base: RunConfig,
         metrics: Sequence[tuple[str, str]],
         storage: optuna.storages.BaseStorage,
         study_name: str,
@@ -50,7 +53,7 @@ class SweepSearch(OptunaSearch):
         names, modes = [name for name, _ in metrics], [mode for _, mode in metrics]
         single = len(metrics) == 1
         super().__init__(
-            space=_Suggest(space),
+            space=_Suggest(space, base),
             metric=names[0] if single else names,
             mode=modes[0] if single else modes,
             study_name=study_name,
@@ -82,11 +85,11 @@ class SweepSearch(OptunaSearch):
 class _Suggest:
     """Wraps a space so that its point arrives as one value, apart from the names of the suggestions."""
 
-    def __init__(self, space: Space) -> None:
-        self.space = space
+    def __init__(self, space: Space, base: RunConfig) -> None:
+        self.space, self.base = space, base
 
     def __call__(self, trial: Any) -> dict[str, Point]:
-        return {"point": dict(self.space(trial))}
+        return {"point": dict(self.space(trial, self.base))}
 
 
 def make_sampler(seed: int) -> optuna.samplers.BaseSampler:
@@ -121,7 +124,7 @@ def make_scheduler(
 
 
 def worst(mode: str) -> float:
-    """What an objective counts as when a trial has no honest value: none is left out, or the search would wait for it."""
+    """What an objective counts as when a trial has no honest value; without one the search would wait for ever."""
     return 0.0 if mode == "max" else 1e6
 
 

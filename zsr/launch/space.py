@@ -11,7 +11,9 @@ import optuna
 from zsr.config import ConfigError, RunConfig, apply_overrides, validate
 
 Point = Mapping[str, Any]
-Space = Callable[[optuna.trial.BaseTrial], Point]
+Space = Callable[[optuna.trial.BaseTrial, RunConfig], Point]
+"""Gives a point for an Optuna trial. It is shown the settings that all trials share, so that a range can be relative to
+the preset's own value, and one space serves every preset."""
 
 NUM_CHECKED_POINTS = 64
 
@@ -41,10 +43,11 @@ def check_space(tree: Mapping[str, Any], space: Space, seed: int, num_points: in
         ConfigError: with a sentence for the first point that does not fit, and that point.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    base = validate(tree)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     points: list[Point] = []
     for number in range(num_points):
-        point = space(study.ask())
+        point = space(study.ask(), base)
         try:
             point_config(tree, point)
         except ConfigError as error:

@@ -1,8 +1,8 @@
 """A sweep from a value: ``Sweep(...)`` says what is searched, ``main(SWEEP)`` is the command that searches it.
 
-In order: settings and 64 sampled points are checked, the plan is printed, and only then is anything touched. Trials run on
-Ray Tune, each as a Ray Train run; Optuna's storage and the trial book hold the truth, so that ``--resume`` can go on after
-any crash. At the end: the table, the Pareto front, the best configuration, checkpoint and model.
+In order: settings and 64 sampled points are checked, the plan is printed, and only then is anything touched. Trials run
+on Ray Tune, each as a Ray Train run; Optuna's storage and the trial book hold the truth, so that ``--resume`` can go on
+after any crash. At the end: the table, the Pareto front, the best configuration, checkpoint and model.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Sweep:
     Attributes:
         name: of the sweep; its runs and its registered model carry it.
         preset: settings that all trials share, unless ``--preset`` names others.
-        space: gives a point, as dotted settings, for an Optuna trial.
+        space: gives a point, as dotted settings, for an Optuna trial and the settings that all trials share.
         metrics: objectives of the multi-objective mode; the single-objective mode uses the last.
         settings: overrides on top of any preset, such as the objective that the space belongs to.
         num_trials: trials.

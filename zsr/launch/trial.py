@@ -1,7 +1,7 @@
 """One trial of a sweep, inside the small process that Ray Tune gives it: start a Train run, pass on what it reports.
 
-A trial with one worker goes the same way. (A plain Tune function would start in a few seconds instead of 25, at the price
-of a second way to checkpoint and resume.)
+A trial with one worker goes the same way. (A plain Tune function would start in a few seconds instead of 25, at the
+price of a second way to checkpoint and resume.)
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ForwardReports(TuneReportCallback):
 
 
 def report(metrics: Mapping[str, Any], objectives: Sequence[tuple[str, str]], **more: Any) -> dict[str, Any]:
-    """What Tune is told: the loop's numbers, untouched under ``measured``, and the objectives as the search may see them."""
+    """What Tune is told: the loop's numbers, as they are under ``measured``, and objectives that the search may see."""
     measured = plain_metrics(metrics)
     return {**measured, **honest(measured, objectives), "measured": measured, **more}
 

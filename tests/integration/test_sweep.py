@@ -1,0 +1,152 @@
+"""A sweep as its users run it: a command that is killed and resumed, that leaves nothing behind, that can be asked first."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray_support
+from ray_support import head_process, starts
+
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+
+SCRIPT = f"""
+import sys
+sys.path.insert(0, {str(Path(ray_support.__file__).parent)!r})
+import ray.cloudpickle, ray_support
+from zsr.launch.sweep import Sweep, main
+ray.cloudpickle.register_pickle_by_value(ray_support)
+
+def space(trial, base):
+    return {{"optim.lr": base.optim.lr * trial.suggest_float("factor", 0.1, 1.0)}}
+
+sys.exit(main(Sweep(
+    name="dummy", preset="demo", space=space, num_trials=3, loop=ray_support.counting_loop,
+    settings=("train.max_steps=8", "train.eval_every=2", "optim.lr=0.02"),
+    first=[{{"factor": 0.9}}, {{"factor": 0.5}}, {{"factor": 0.1}}],
+)))
+"""
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[dict[str, str]]:
+    with head_process() as environment:
+        yield environment
+
+
+class Command:
+    """The sweep's command line in a folder of its own."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        self.environment = {**environment, "ZSR_HOME": str(folder)}
+        self.script = folder / "dummy_sweep.py"
+        self.script.write_text(SCRIPT)
+        (folder / "diary").mkdir()
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(self.script), f"data.cache_dir={self.folder}/diary", *arguments]
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def trials(self) -> dict[int, dict[str, Any]]:
+        found = self.folder.glob(".zsr/runs/dummy-*/trials/*.json")
+        return {int(path.stem): json.loads(path.read_text()) for path in found}
+
+
+def test_a_killed_sweep_resumes_and_repeats_no_finished_trial(head: dict[str, str], tmp_path: Path) -> None:
+    command = Command(tmp_path, head)
+    diary = tmp_path / "diary"
+    options = ("--workers-per-trial", "1", "--max-concurrent", "1", "--multi-objective")
+    driver = command.start(*options)
+    deadline = time.monotonic() + 120
+    # Wait until one trial is finished and the next is in the middle, held there by the file.
+    while [trial["state"] for trial in command.trials().values()].count("finished") < 1:
+        assert time.monotonic() < deadline, driver.stdout and driver.stdout.read()
+        assert driver.poll() is None, driver.stdout and driver.stdout.read()
+        time.sleep(0.1)
+    (diary / "hang").touch()
+    while not any(trial["state"] == "running" and trial["history"] for trial in command.trials().values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(1.5)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    (diary / "hang").unlink()
+    before = command.trials()
+    begun = starts(diary)
+
+    resumed = command.start("--resume")
+    output, _ = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, output
+    after = command.trials()
+    assert sorted(after) == [0, 1, 2], output
+    assert {trial["state"] for trial in after.values()} == {"finished"}
+    assert len(list(tmp_path.glob(".zsr/runs/dummy-*"))) == 1
+
+    finished = [number for number, trial in before.items() if trial["state"] == "finished"]
+    interrupted = [number for number, trial in before.items() if trial["state"] == "running"]
+    assert (len(finished), len(interrupted)) == (1, 1)
+    again = [start["run"] for start in starts(diary)[len(begun) :]]
+    assert not any(run.endswith(f"trial={finished[0]}") for run in again), "a finished trial ran again"
+    continued = next(start for start in starts(diary)[len(begun) :] if start["run"].endswith(f"trial={interrupted[0]}"))
+    assert continued["first"] == 4, "it goes on from its checkpoint"
+
+    assert "Pareto" in output
+    assert "best checkpoint=" in output
+    assert leftovers(head) == [], "stopped and finished trials give their places back"
+
+
+def test_a_dry_run_touches_nothing_and_needs_no_cluster(tmp_path: Path) -> None:
+    command = Command(tmp_path, {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"})
+    before = sorted(tmp_path.rglob("*"))
+    process = command.start("--dry-run", "launch.gpu_hour_price=2")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "trials=3" in output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--workers-per-trial", "3"), "make it a multiple of 3"),
+        (("optim.lrr=1",), "optim.lrr"),
+        (("optim.name=sgdd",), "sgd"),
+        (("--resume",), "there is no sweep called"),
+        (("--preset", "demoo"), "demo"),
+    ],
+)
+def test_mistakes_are_sentences(tmp_path: Path, arguments: tuple[str, ...], expected: str) -> None:
+    process = Command(tmp_path, dict(os.environ)).start("--dry-run", *arguments)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert expected in output
+    assert "Traceback" not in output
+
+
+def leftovers(head: dict[str, str]) -> list[str]:
+    """Placement groups that still hold something, as another process sees them."""
+    code = (
+        "import ray, json; ray.init(log_to_driver=False, logging_level='ERROR');"
+        "print(json.dumps([g['state'] for g in ray.util.placement_group_table().values() if g['state'] != 'REMOVED']))"
+    )
+    found: list[str] = ["unknown"]
+    for _ in range(3):  # the cleaner works a few seconds behind
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=head, capture_output=True, text=True, timeout=60, check=True
+        )
+        found = json.loads(done.stdout.splitlines()[-1])
+        if not found:
+            break
+        time.sleep(3)
+    return found
