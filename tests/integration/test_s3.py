@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import random
+import threading
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -81,6 +82,19 @@ def test_training_from_s3_equals_training_from_the_folder(monkeypatch, tmp_path,
     for (p, remote), (q, local) in zip(batches(open_set(tmp_path), 2), batches(ShardSet(folder), 0), strict=True):
         assert (p, remote.key) == (q, local.key)
         assert torch.equal(remote.image, local.image)
+
+
+def test_the_next_window_is_fetched_while_this_one_is_read(tmp_path):
+    stream = train_batches(open_set(tmp_path), seed=0, global_batch=2, window=1, image_size=16)
+    next(stream)  # one shard would do for the first six steps
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.rglob("*.tar"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(list(tmp_path.rglob("*.tar"))) == 2
+    stream.close()
+    while (alive := [t for t in threading.enumerate() if t.name == "zsr-prefetch"]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive
 
 
 @pytest.mark.parametrize("kind", ["reset", "close"])

@@ -88,6 +88,19 @@ def test_a_window_mixes_only_its_own_shards(case):
         remaining = remaining[length:]
 
 
+@given(plans())
+def test_windows_say_which_shards_a_step_needs(case):
+    plan, _ = case
+    shard_of = np.repeat(np.arange(len(plan.shard_sizes)), plan.shard_sizes)
+    assert sorted(np.concatenate(plan.windows).tolist()) == list(range(len(plan.shard_sizes)))
+    for step in range(plan.num_steps):
+        begun = plan.windows[: plan.window_at(step) + 1]
+        # Every shard of the step lies in a window begun by now, and the newest of these is really needed.
+        used = set(shard_of[plan.step_ids(step)].tolist())
+        assert used <= set(np.concatenate(begun).tolist())
+        assert used & set(begun[-1].tolist())
+
+
 @given(SIZES, SEED, st.integers(0, 50), st.integers(1, 9))
 def test_order_depends_on_seed_and_epoch_and_not_on_the_batch(sizes, seed, epoch, window):
     order = EpochPlan(sizes, seed, epoch, 1, window=window).order.tolist()

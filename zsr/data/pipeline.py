@@ -11,9 +11,9 @@ through shared memory (a container needs ``/dev/shm`` for ``num_workers * 2`` ba
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from zsr.data.decode import decode, read_label
 from zsr.data.plan import BEGIN, EpochPlan, Last, Position, check_share, count_steps
+from zsr.data.prefetch import Prefetch
 from zsr.data.shards import ShardSet
+
+Item = TypeVar("Item")
 
 # The seed of the fixed order from which `num_samples` of a set are taken: not the run's seed, so that all runs are
 # evaluated on the same images.
@@ -96,9 +99,15 @@ def train_batches(
         OSError: a shard cannot be fetched.
     """
     check_share(global_batch, rank, world_size)
-    requests = _TrainRequests(shards.index.shard_sizes, seed, global_batch, last, window, rank, world_size, start)
+    prefetch = Prefetch(shards)
+    want = prefetch.want if shards.storage.is_remote else None
+
+    def plan_of(epoch: int) -> EpochPlan:
+        return EpochPlan(shards.index.shard_sizes, seed, epoch, global_batch, last, window)
+
+    requests = _TrainRequests(plan_of, rank, world_size, start, want)
     shards.keep_open(2 * window)
-    return _read_ahead(shards, requests, image_size, num_workers)
+    return _within(prefetch, _read_ahead(shards, requests, image_size, num_workers))
 
 
 def eval_batches(
@@ -141,25 +150,32 @@ def subset_ids(total: int, num_samples: int) -> np.ndarray:
 
 
 class _TrainRequests(Sampler[tuple[Position, np.ndarray]]):
-    """Endless (position after, sample ids) of one rank."""
+    """Endless (position after, sample ids) of one rank; ``want`` hears of the shards of each window before it begins."""
 
     def __init__(
-        self, sizes: list[int], seed: int, global_batch: int, last: Last, window: int,
-        rank: int, world_size: int, start: Position,
-    ) -> None:  # fmt: skip
-        self.sizes, self.seed, self.global_batch, self.last, self.window = sizes, seed, global_batch, last, window
-        self.rank, self.world_size = rank, world_size
-        num_steps = self.plan(0).num_steps
+        self,
+        plan_of: Callable[[int], EpochPlan],
+        rank: int,
+        world_size: int,
+        start: Position,
+        want: Callable[[np.ndarray], None] | None,
+    ) -> None:
+        self.plan_of, self.rank, self.world_size, self.want = plan_of, rank, world_size, want
+        num_steps = plan_of(0).num_steps
         self.start = start.after(0, num_steps)  # the end of one epoch is the beginning of the next
-
-    def plan(self, epoch: int) -> EpochPlan:
-        return EpochPlan(self.sizes, self.seed, epoch, self.global_batch, self.last, self.window)
 
     def __iter__(self) -> Iterator[tuple[Position, np.ndarray]]:
         position = self.start
+        if self.want is not None:
+            plan = self.plan_of(position.epoch)
+            self.want(plan.windows[plan.window_at(position.step)])
         while True:
-            plan = self.plan(position.epoch)
+            plan, window = self.plan_of(position.epoch), -1
             for step in range(position.step, plan.num_steps):
+                if self.want is not None and plan.window_at(step) != window:
+                    window = plan.window_at(step)
+                    following = plan.windows[window + 1 :] or self.plan_of(position.epoch + 1).windows
+                    self.want(following[0])
                 position = position.after(1, plan.num_steps)
                 yield position, plan.rank_ids(step, self.rank, self.world_size)
 
@@ -238,6 +254,11 @@ def _read_ahead(
             yield position, batch
     finally:
         del iterator  # ends the workers now rather than when the garbage collector comes by
+
+
+def _within(prefetch: Prefetch, stream: Iterator[Item]) -> Iterator[Item]:
+    with prefetch:
+        yield from stream
 
 
 def _as_is(answer: Any) -> Any:

@@ -98,20 +98,27 @@ class EpochPlan:
     @cached_property
     def order(self) -> np.ndarray:
         """int64 [num_samples]: every sample id once, in the order of this epoch."""
-        # numpy promises that a bit generator's raw stream never changes; it does not promise that for
-        # Generator.permutation. Sorting raw bits keeps a checkpoint's order valid under any numpy.
-        bits = np.random.Philox(key=np.array([self.seed, self.epoch], dtype=np.uint64))
-        num_shards = len(self.shard_sizes)
-        shard_order = np.argsort(bits.random_raw(num_shards), kind="stable")
+        bits, shard_order = self._start()
         sizes = self.shard_sizes[shard_order]
         first_ids = (np.cumsum(self.shard_sizes) - self.shard_sizes)[shard_order]
         starts = np.cumsum(sizes) - sizes
         ids = np.arange(self.num_samples, dtype=np.int64) + np.repeat(first_ids - starts, sizes)
         # One sort does all windows: the window number is the high part of the key, random bits the low part.
-        window_of_shard = np.arange(num_shards, dtype=np.uint64) // np.uint64(self.window)
+        window_of_shard = np.arange(len(sizes), dtype=np.uint64) // np.uint64(self.window)
         keys = bits.random_raw(self.num_samples) >> np.uint64(_WINDOW_BITS)
         keys |= np.repeat(window_of_shard, sizes) << np.uint64(64 - _WINDOW_BITS)
         return ids[np.argsort(keys, kind="stable")]
+
+    @cached_property
+    def windows(self) -> list[np.ndarray]:
+        """The shards of each window, in the order in which the epoch visits them."""
+        _, shard_order = self._start()
+        return np.split(shard_order, np.arange(self.window, len(shard_order), self.window))
+
+    def window_at(self, step: int) -> int:
+        """The window in which a step ends; it may have begun in an earlier one."""
+        last = min((step + 1) * self.global_batch, self.num_samples) - 1
+        return int(np.searchsorted(self._window_ends, last, side="right"))
 
     def step_ids(self, step: int) -> np.ndarray:
         """int64 [global_batch]: the samples of one step."""
@@ -125,6 +132,17 @@ class EpochPlan:
         """
         share = check_share(self.global_batch, rank, world_size)
         return self._slice(step, rank * share, share)
+
+    @cached_property
+    def _window_ends(self) -> np.ndarray:
+        return np.cumsum([self.shard_sizes[shards].sum() for shards in self.windows])
+
+    def _start(self) -> tuple[np.random.Philox, np.ndarray]:
+        """The epoch's random bits, and its order of shards, which takes the first of them."""
+        # numpy promises that a bit generator's raw stream never changes; it does not promise that for
+        # Generator.permutation. Sorting raw bits keeps a checkpoint's order valid under any numpy.
+        bits = np.random.Philox(key=np.array([self.seed, self.epoch], dtype=np.uint64))
+        return bits, np.argsort(bits.random_raw(len(self.shard_sizes)), kind="stable")
 
     def _slice(self, step: int, start: int, length: int) -> np.ndarray:
         if not 0 <= step < self.num_steps:

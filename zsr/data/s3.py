@@ -43,6 +43,8 @@ class S3Storage(Storage):
         ValueError: the address has no bucket or carries credentials, or boto3 is not installed.
     """
 
+    is_remote = True
+
     def __init__(self, address: str, cache_folder: Path, cache_bytes: int = 0) -> None:
         parts = urlsplit(address)
         if "@" in parts.netloc or ":" in parts.netloc:

@@ -16,6 +16,8 @@ class Storage(ABC):
     """A place with an index and shards. ``address`` may be printed: it never holds credentials."""
 
     address: str
+    is_remote: bool
+    """Whether fetching a shard takes time, so that it pays to begin early."""
 
     @abstractmethod
     def read_text(self, name: str) -> str:
@@ -41,6 +43,8 @@ class Storage(ABC):
 
 class LocalStorage(Storage):
     """A folder; shards are read in place."""
+
+    is_remote = False
 
     def __init__(self, folder: Path, address: str | None = None) -> None:
         self.folder = folder
