@@ -33,20 +33,22 @@ def save_compact(state_dict: dict[str, Tensor], path: Path | str, used_token_ids
         ValueError: `state_dict` has no token table, or an id lies outside it, or none is given.
     """
     if _TABLE not in state_dict:
-        raise ValueError(f"No {_TABLE} among the {len(state_dict)} tensors: only open_clip's plain CLIP can be compacted.")
+        raise ValueError(
+            f"No {_TABLE} among the {len(state_dict)} tensors: only open_clip's plain CLIP can be compacted."
+        )
     table = state_dict[_TABLE].detach().float()
     ids = torch.tensor(sorted(set(used_token_ids)), dtype=torch.int64)
     if not len(ids) or ids[0] < 0 or ids[-1] >= len(table):
         raise ValueError(f"Token ids must be given and lie in 0..{len(table) - 1}.")
-    rows = table[ids]
+    rows = table[ids].half()
     tensors = {
         key: value.detach().float() if value.dim() == 0 else value.detach().half()
         for key, value in state_dict.items()
         if key != _TABLE
     }
     tensors["text.token_ids"] = ids.int()
-    tensors["token_embedding.rows"] = rows.half()
-    tensors["token_embedding.mean_row"] = rows.mean(0).half()
+    tensors["token_embedding.rows"] = rows
+    tensors["token_embedding.mean_row"] = rows.float().mean(0).half()  # of rounded rows: saving again changes nothing
     # safetensors refuses tensors that share storage, which views of one buffer do.
     tensors = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
     save_file(tensors, str(path), metadata={"format": FORMAT, "vocab_size": str(len(table))})

@@ -44,6 +44,8 @@ SAMPLES_PER_SHARD = 512
 # Written into every tar header instead of the clock, so that equal content gives equal bytes.
 MTIME = 1_700_000_000
 
+Images = dict[tuple[str, str], np.ndarray]  # by codepoint and style: uint8 [64, 64, 3]
+
 
 def read_package(package: str, folder: Path, *members: str) -> list[Any]:
     """JSON members of one npm tarball, fetched into `folder` first if it is not there."""
@@ -110,12 +112,14 @@ def render(icon_set: dict[str, Any], slug: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
 
 
-def drop_duplicates(concepts: list[Concept], images: dict[tuple[str, str], np.ndarray]) -> list[Concept]:
+def drop_duplicates(concepts: list[Concept], images: Images) -> list[Concept]:
     """Concepts without those that some style draws exactly like an earlier one."""
     seen: set[tuple[str, bytes]] = set()
     kept = []
     for concept in concepts:
-        digests = {(style, hashlib.sha256(images[concept.codepoint, style].tobytes()).digest()) for style in concept.icons}
+        digests = {
+            (style, hashlib.sha256(images[concept.codepoint, style].tobytes()).digest()) for style in concept.icons
+        }
         if not digests & seen:
             kept.append(concept)
             seen |= digests
@@ -128,7 +132,9 @@ def encode(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_split(out: Path, name: str, concepts: list[Concept], styles: tuple[str, ...], images: dict, seed: int) -> dict:
+def write_split(
+    out: Path, name: str, concepts: list[Concept], styles: tuple[str, ...], images: Images, seed: int
+) -> dict[str, Any]:
     """Shards, index, class names and templates of one split; classes are numbered in Unicode order."""
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,13 +142,16 @@ def write_split(out: Path, name: str, concepts: list[Concept], styles: tuple[str
         stale.unlink()
     samples = [(label, c, style) for label, c in enumerate(concepts) for style in styles if style in c.icons]
     random.Random(seed).shuffle(samples)
-    shards = []
+    shards: list[dict[str, Any]] = []
     for start in range(0, len(samples), SAMPLES_PER_SHARD):
         chunk = samples[start : start + SAMPLES_PER_SHARD]
         file = folder / f"{len(shards):06d}.tar"
         with tarfile.open(file, "w", format=tarfile.USTAR_FORMAT) as tar:
             for label, concept, style in chunk:
-                for suffix, data in ((".cls", str(label).encode()), (".webp", encode(images[concept.codepoint, style]))):
+                for suffix, data in (
+                    (".cls", str(label).encode()),
+                    (".webp", encode(images[concept.codepoint, style])),
+                ):
                     member = tarfile.TarInfo(f"{style}-{concept.codepoint}{suffix}")
                     member.size, member.mtime, member.mode = len(data), MTIME, 0o444
                     tar.addfile(member, io.BytesIO(data))
@@ -172,9 +181,15 @@ def with_progress(items: list[Any], what: str) -> Iterator[Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the splits, ATTRIBUTION.md and concepts.json")
-    parser.add_argument("--packages", type=Path, default=Path("~/.cache/zsr/packages"), help="npm tarballs, fetched if missing")
-    parser.add_argument("--held-out", type=float, default=0.11, help="share of concepts for validation, and again for test")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the splits, ATTRIBUTION.md and concepts.json"
+    )
+    parser.add_argument(
+        "--packages", type=Path, default=Path("~/.cache/zsr/packages"), help="npm tarballs, fetched if missing"
+    )
+    parser.add_argument(
+        "--held-out", type=float, default=0.11, help="share of concepts for validation, and again for test"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -194,7 +209,9 @@ def main() -> None:
     for number, (name, (chosen, styles)) in enumerate(plan.items()):
         index = write_split(args.out, name, chosen, styles, images, seed=args.seed + number)
         size = sum(shard["bytes"] for shard in index["shards"])
-        print(f"split={name} classes={len(chosen)} samples={index['samples']} shards={len(index['shards'])} bytes={size}")
+        print(
+            f"split={name} classes={len(chosen)} samples={index['samples']} shards={len(index['shards'])} bytes={size}"
+        )
     split_of = {c.codepoint: name for name, chosen in splits.items() for c in chosen}
     table = [
         {"codepoint": c.codepoint, "name": c.name, "split": split_of[c.codepoint], "group": c.group, "subgroup": c.subgroup,
