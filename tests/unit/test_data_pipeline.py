@@ -163,7 +163,7 @@ def test_workers_start_from_a_thread_and_end_despite_the_trainers_handlers(shard
     try:
         thread = threading.Thread(target=lambda: answers.extend(take(shards, 5, num_workers=2)))
         thread.start()
-        thread.join(60)
+        thread.join(120)
     finally:
         signal.signal(signal.SIGTERM, previous)
     assert not thread.is_alive()
@@ -188,4 +188,4 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(shards):
     with pytest.raises(RuntimeError, match="DataLoader worker"):
         for _ in batches:
             pass
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 120

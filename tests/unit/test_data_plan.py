@@ -7,11 +7,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from zsr.data.plan import BEGIN, EpochPlan, Position, count_steps
 
+NO_DEADLINE = settings(deadline=None)  # a busy machine is no fault of the plan
 SIZES = st.lists(st.integers(1, 23), min_size=1, max_size=14)
 LAST = st.sampled_from(["drop", "complete"])
 SEED = st.integers(0, 2**40)
@@ -31,12 +32,14 @@ def all_ids(plan: EpochPlan) -> np.ndarray:
     return np.concatenate([plan.step_ids(step) for step in range(plan.num_steps)])
 
 
+@NO_DEADLINE
 @given(plans())
 def test_order_holds_every_sample_once(case):
     plan, _ = case
     assert sorted(plan.order.tolist()) == list(range(plan.num_samples))
 
 
+@NO_DEADLINE
 @given(plans())
 def test_epoch_shows_every_sample_once_but_for_the_stated_tail(case):
     plan, _ = case
@@ -49,6 +52,7 @@ def test_epoch_shows_every_sample_once_but_for_the_stated_tail(case):
     assert len(seen) == plan.num_steps * plan.global_batch
 
 
+@NO_DEADLINE
 @given(plans())
 def test_ranks_partition_each_step(case):
     plan, world_size = case
@@ -58,6 +62,7 @@ def test_ranks_partition_each_step(case):
         assert np.concatenate(shares).tolist() == plan.step_ids(step).tolist()
 
 
+@NO_DEADLINE
 @given(plans(), st.data())
 def test_resume_in_another_world_sees_exactly_the_rest(case, data):
     plan, world_size = case
@@ -68,6 +73,7 @@ def test_resume_in_another_world_sees_exactly_the_rest(case, data):
     assert Counter(np.concatenate(before + after).tolist()) == Counter(all_ids(plan).tolist())
 
 
+@NO_DEADLINE
 @given(plans())
 def test_a_window_mixes_only_its_own_shards(case):
     plan, _ = case
@@ -88,6 +94,7 @@ def test_a_window_mixes_only_its_own_shards(case):
         remaining = remaining[length:]
 
 
+@NO_DEADLINE
 @given(plans())
 def test_windows_say_which_shards_a_step_needs(case):
     plan, _ = case
@@ -101,6 +108,7 @@ def test_windows_say_which_shards_a_step_needs(case):
         assert used & set(begun[-1].tolist())
 
 
+@NO_DEADLINE
 @given(SIZES, SEED, st.integers(0, 50), st.integers(1, 9))
 def test_order_depends_on_seed_and_epoch_and_not_on_the_batch(sizes, seed, epoch, window):
     order = EpochPlan(sizes, seed, epoch, 1, window=window).order.tolist()
@@ -117,6 +125,7 @@ def test_order_is_pinned():
     ]  # fmt: skip
 
 
+@NO_DEADLINE
 @given(st.integers(1, 40), st.integers(0, 500), st.integers(0, 500))
 def test_position_arithmetic(num_steps, done, more):
     position = BEGIN.after(done, num_steps)
@@ -161,7 +170,7 @@ def test_completing_may_repeat_a_small_set_more_than_once():
 
 
 def test_planning_imagenet_takes_a_fraction_of_a_second():
-    started = time.perf_counter()
+    started = time.process_time()  # not the wall clock: other tests run beside this one
     plan = EpochPlan([1000] * 1281, seed=0, epoch=0, global_batch=1024)
     plan.rank_ids(0, 0, 8)
-    assert time.perf_counter() - started < 2  # 0.15 s on an idle core
+    assert time.process_time() - started < 1  # 0.15 s when measured alone

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from zsr.data.cache import file_sha256
-from zsr.data.decode import EXTENSIONS, decode, decode_whole, read_label, to_rgb
+from zsr.data.decode import EXTENSIONS, decode, decode_whole, open_rgb, read_label
 from zsr.data.index import INDEX_FILE, Shard, ShardIndex
 from zsr.data.pipeline import subset_ids
 from zsr.data.plan import EpochPlan
@@ -69,7 +69,7 @@ def convert(
 
     Raises:
         ValueError: there are no images, a template lacks its ``{}``, the target holds a set already, or images cannot be
-            decoded (then all are named; nothing is left out silently).
+            decoded (they are named, all of them in the log; nothing is left out silently).
     """
     for template in templates:
         if "{}" not in template:
@@ -93,6 +93,7 @@ def convert(
                         tar.write(_make_sample(number, image, label, image_size))
                     except ValueError as fault:
                         bad.append(f"{image.relative_to(source)}: {fault}")
+                        log.warning("event=bad_image file=%s reason=%s", image, fault)
                     progress.advance(task)
             if not bad:
                 storage.put(path, path.name)
@@ -100,9 +101,8 @@ def convert(
             shards.append(Shard(file=path.name, samples=len(chosen), bytes=size, sha256=digest))
             path.unlink()
         if bad:
-            raise ValueError(
-                f"{len(bad)} of {len(files)} images cannot be used; repair or remove them: " + "; ".join(bad)
-            )
+            first = "; ".join(bad[:10]) + ("; and others, all in the log" if len(bad) > 10 else "")
+            raise ValueError(f"{len(bad)} of {len(files)} images cannot be used; repair or remove them: {first}")
         counts = Counter(label for _, label in files)
         index = ShardIndex(
             name=name or source.resolve().name,
@@ -238,11 +238,7 @@ def _stored_form(path: Path, image_size: int) -> tuple[str, bytes]:
         height, width, _ = decode_whole({extension: content}).shape
         if not image_size or min(height, width) <= image_size:
             return "jpg" if extension == "jpeg" else extension, content
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            image = to_rgb(opened)
-    except OSError as error:
-        raise ValueError(f"the image cannot be decoded: {error}") from None
+    image = open_rgb(content)
     if image_size and min(image.size) > image_size:
         width, height = (round(side * image_size / min(image.size)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -10,7 +10,7 @@ import io
 from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 try:
     import simplejpeg
@@ -95,9 +95,20 @@ def _decode_jpeg(data: bytes) -> np.ndarray:
 
 
 def _decode_pillow(data: bytes) -> np.ndarray:
+    return np.asarray(open_rgb(data))
+
+
+def open_rgb(data: bytes) -> Image.Image:
+    """An image file's pixels by Pillow, in RGB.
+
+    Raises:
+        ValueError: they cannot be decoded.
+    """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(to_rgb(image))
+            return to_rgb(image)
+    except UnidentifiedImageError:  # its text is the address of a buffer
+        raise ValueError("the image cannot be decoded: its format is not known") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"the image cannot be decoded: {error}") from None
 
