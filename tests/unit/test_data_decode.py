@@ -83,7 +83,7 @@ def test_transparency_becomes_white(mode, extension):
 @pytest.mark.parametrize("keep", [0, 10, 0.5])
 def test_broken_images_raise_a_sentence(extension, keep):
     data = encode_image(make_image(4, 64, 64), extension)
-    with pytest.raises(ValueError, match="the image cannot be decoded: [^<]+$"):
+    with pytest.raises(ValueError, match=r"the image cannot be decoded: [^<]+$"):
         decode({extension: data[: int(keep * len(data)) if keep == 0.5 else keep]}, 32)
 
 
