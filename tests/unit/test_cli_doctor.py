@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.server
+import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from zsr.cli.checks import Finding, Surroundings, guarded
 from zsr.cli.main import main
 from zsr.cli.uploads import ignored, upload_size
 from zsr.config import load_config
+from zsr.launch.services import started_at
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +25,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.chdir(tmp_path)  # away from the services of a demo that may be running
 
 
 class _Answer(http.server.BaseHTTPRequestHandler):
@@ -98,6 +102,22 @@ def test_a_check_that_breaks_is_a_finding() -> None:
     (finding,) = findings(broken).values()
     assert finding.state == "fail"
     assert "no such thing" in finding.says
+
+
+def test_a_running_demo_is_found_with_its_token(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    home = tmp_path / ".zsr"
+    home.mkdir()
+    (home / "ray-token").write_text("secret-word")
+    service = {"pid": os.getpid(), "started": started_at(os.getpid()), "address": server, "log": "", "details": {}}
+    (home / "demo.json").write_text(json.dumps({"ray": service, "mlflow": service}))
+    assert checks.demo_address("ray") == server
+    said = findings(checks.ray, ray=server)
+    assert said["ray cluster"].state == "ok"
+    assert said["ray auth"].fix == "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=.zsr/ray-token"
+    assert findings(checks.mlflow, "tracking.name=mlflow")["mlflow"].state == "ok"
+    (home / "demo.json").write_text(json.dumps({"ray": {**service, "started": "long ago"}}))
+    assert checks.demo_address("ray") is None
 
 
 def test_upload_counts_what_is_not_ignored(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from typing import Literal
 from zsr.cli.uploads import upload_size
 from zsr.config import RunConfig
 
+RAY_DEFAULT = "http://127.0.0.1:8265"
+_DEMO = Path(".zsr")  # where `make demo` keeps its services' addresses and Ray's token
 _TESTED_RAY = "2.60.0"
 _RAY_UPLOAD_LIMIT = 512e6
 _TIMEOUT_S = 3
@@ -95,12 +97,13 @@ def ray(around: Surroundings) -> Iterator[Finding]:
         yield Finding("ray", "warn", f"{version}, tested with {_TESTED_RAY}", f"pip install ray=={_TESTED_RAY}")
     else:
         yield Finding("ray", "ok", version)
-    token, source = _ray_token()
+    token, source = _ray_token(around.ray_address)
     if os.environ.get("RAY_AUTH_MODE") == "token" and not token:
         yield Finding("ray auth", "fail", f"RAY_AUTH_MODE=token, but {source}", "ray get-auth-token --generate")
     elif os.environ.get("RAY_AUTH_MODE") is None and token:
         # Ray's clients send the token only when told to, though its servers ask for it by themselves.
-        yield Finding("ray auth", "warn", f"token in {source}, RAY_AUTH_MODE not set", "export RAY_AUTH_MODE=token")
+        fix = "export RAY_AUTH_MODE=token" + (f" RAY_AUTH_TOKEN_PATH={source}" if source.startswith(str(_DEMO)) else "")
+        yield Finding("ray auth", "warn", f"token in {source}, RAY_AUTH_MODE not set", fix)
     else:
         yield Finding("ray auth", "ok", f"RAY_AUTH_MODE={os.environ.get('RAY_AUTH_MODE', '(not set)')}")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -117,7 +120,7 @@ def ray(around: Surroundings) -> Iterator[Finding]:
 
 def mlflow(around: Surroundings) -> Iterator[Finding]:
     tracking = around.config.tracking
-    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or demo_address("mlflow") or ""
     if tracking.name != "mlflow" and not uri:
         yield Finding("mlflow", "ok", f"not used; tracking.name={tracking.name}")
     elif importlib.util.find_spec("mlflow") is None:
@@ -200,11 +203,21 @@ def working_dir(around: Surroundings) -> Iterator[Finding]:
 ALL: tuple[Check, ...] = (python, torch, torchvision, ray, mlflow, s3, data, disk, working_dir)
 
 
-def _ray_token() -> tuple[str, str]:
-    """The token a Ray client would use and where it is from; never printed."""
+def demo_address(service: str) -> str | None:
+    """Where a service that `make demo` started in this folder listens, if it still runs."""
+    from zsr.launch.services import Services
+
+    found = Services(_DEMO / "demo.json").get(service)
+    return None if found is None else found.address
+
+
+def _ray_token(address: str) -> tuple[str, str]:
+    """The token for this cluster and where it is from; never printed."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_TOKEN"
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if address == demo_address("ray") and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        path = _DEMO / "ray-token"
     try:
         return path.read_text().strip(), str(path)
     except OSError:

@@ -95,12 +95,14 @@ def _train_here(config: RunConfig, folder: Path, resume: bool) -> None:
 
 
 def _train_on_ray(config: RunConfig, output: Path | None, resume: bool) -> None:
+    from zsr.launch.cluster import attach
     from zsr.launch.store import Store
     from zsr.launch.train import run_ray
 
     storage = str(output) if output is not None else config.launch.storage
     name = run_name(config) if resume else free_name(run_name(config), Store(storage).names())
     typer.echo(f"run={name} storage={storage}", err=True)
+    attach()
     result = run_ray(config, name, storage=storage)
     checkpoint = result.checkpoint.path if result.checkpoint is not None else None
     _print_result(result.metrics or {}, checkpoint)
