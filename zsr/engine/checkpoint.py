@@ -75,7 +75,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     file = folder / STATE
     if not file.is_file():
-        raise ValueError(f"{folder} is not a checkpoint: it has no {STATE}; give the folder of one, such as .../checkpoints/step-00000100")
+        raise ValueError(
+            f"{folder} is not a checkpoint: it has no {STATE}; give the folder of one, such as .../checkpoints/step-00000100"
+        )
     try:
         content: dict[str, Any] = json.loads(file.read_text())
         damaged = [name for name, sha256 in content["sha256"].items() if _sha256(folder / name) != sha256]
@@ -84,13 +86,13 @@ def read_state(folder: Path) -> dict[str, Any]:
     if content.get("format") != _FORMAT:
         raise ValueError(f"{folder} has format {content.get('format')!r}; this version reads {_FORMAT}")
     if damaged:
-        raise ValueError(f"{folder} is a torn checkpoint: {', '.join(damaged)} changed since it was written; use an earlier one")
+        raise ValueError(
+            f"{folder} is a torn checkpoint: {', '.join(damaged)} changed since it was written; use an earlier one"
+        )
     return content
 
 
-def load_checkpoint(
-    folder: Path, model: RobustCLIP, optimizer: torch.optim.Optimizer, config: RunConfig
-) -> TrainState:
+def load_checkpoint(folder: Path, model: RobustCLIP, optimizer: torch.optim.Optimizer, config: RunConfig) -> TrainState:
     """Put a run back where it was.
 
     Raises:

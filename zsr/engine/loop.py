@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,8 +145,8 @@ class Trainer:
         self.optimizer.step()
         self.meters.add(output.scalars)
 
-    def _batches(self) -> Iterator[tuple[Position, Batch]]:
-        return train_batches(
+    def _batches(self) -> Generator[tuple[Position, Batch], None, None]:
+        yield from train_batches(
             self.train_set,
             seed=self.config.seed,
             global_batch=self.config.train.batch_size,

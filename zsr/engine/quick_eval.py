@@ -52,9 +52,7 @@ class ZeroShotHead:
         class_names, templates: of the set.
     """
 
-    def __init__(
-        self, model: RobustCLIP, bank: TextBank, class_names: Sequence[str], templates: Sequence[str]
-    ) -> None:
+    def __init__(self, model: RobustCLIP, bank: TextBank, class_names: Sequence[str], templates: Sequence[str]) -> None:
         self.model = model
         features_CKE = bank.features(class_names, templates)
         self.text_CD = class_embeddings(features_CKE, model.text_projection).detach()

@@ -73,6 +73,7 @@ def evaluate_sets(
         ValueError, OSError: a set cannot be read.
     """
     bank = TextBank(model)
+    measured: dict[str, Attack[Any] | None] = {**attacks} if attacks else {"clean": None}
     rows = []
     for shards in sets:
         prompt = shards.templates[0] if template is None else template
@@ -87,7 +88,7 @@ def evaluate_sets(
                 seed=seed,
                 progress=_named(progress, shards.address, label),
             )
-            for label, attack in (attacks or {"clean": None}).items()
+            for label, attack in measured.items()
         }
         first = next(iter(results.values()))
         rows.append(

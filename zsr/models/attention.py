@@ -17,7 +17,7 @@ from torch import Tensor, nn
 class ContiguousAttention(nn.MultiheadAttention):
     """Self-attention on ``[B, L, E]``; anything beyond what CLIP's towers ask for goes to the parent class."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
