@@ -73,6 +73,13 @@ def test_show_takes_overrides_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert yaml.safe_load(capsys.readouterr().out)["attack"]["eps"] == pytest.approx(2 / 255)
 
 
+def test_show_takes_the_preset_as_an_option_too(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--preset", "demo", "seed=7"], ["demo", "seed=7"], ["seed=7", "-p", "demo"]):
+        call("config", "show", *arguments)
+        settings = yaml.safe_load(capsys.readouterr().out)
+        assert (settings["name"], settings["seed"]) == ("demo", 7)
+
+
 def test_diff_names_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
     call("config", "diff", "tecoa-vit-b32-imagenet", "tecoa-vit-b32-tinyimagenet")
     lines = capsys.readouterr().out.splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,17 @@ def test_a_runs_folder_means_its_latest_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no checkpoint"):
         find_checkpoint(tmp_path / "empty")
+
+
+def test_a_runs_name_means_the_newest_run_of_that_name(tmp_path: Path) -> None:
+    for age, digest in enumerate(("aa", "cc", "bb")):
+        folder = tmp_path / f"demo-{digest}" / "checkpoints" / "step-00000001"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text("{}")
+        os.utime(folder / "state.json", (age, age))
+    assert find_checkpoint(tmp_path / "demo").parts[-3] == "demo-bb"
+    with pytest.raises(ValueError, match="no run of that name"):
+        find_checkpoint(tmp_path / "other")
 
 
 def test_a_fresh_run_gets_a_free_name() -> None:

@@ -15,11 +15,20 @@ Overrides = Annotated[
 
 
 @app.command()
-def show(source: Source = "default", overrides: Overrides = None) -> None:
+def show(
+    source: Source = "default",
+    overrides: Overrides = None,
+    preset: Annotated[str | None, typer.Option("--preset", "-p", help="The same as PRESET_OR_FILE.")] = None,
+) -> None:
     """Print the whole configuration as YAML, defaults filled in."""
     from zsr.config import load_config, to_yaml
 
-    config = load_config(*_split(source, overrides))
+    if preset is not None and "=" not in source:
+        if source not in ("default", preset):
+            raise ValueError(f"--preset {preset}: and {source!r} name two configurations; name one")
+        source = preset
+    source, overrides = _split(source, overrides, preset or "default")
+    config = load_config(source, overrides)
     typer.echo(to_yaml(config), nl=False)
     typer.echo(f"# digest: {config.digest()}")
 
@@ -96,8 +105,8 @@ def flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _split(source: str, overrides: list[str] | None) -> tuple[str, list[str]]:
-    """Let ``zsr config show attack.eps=2/255`` mean the default preset with that override."""
+def _split(source: str, overrides: list[str] | None, preset: str) -> tuple[str, list[str]]:
+    """Let ``zsr config show attack.eps=2/255`` mean a preset with that override."""
     if "=" in source:
-        return "default", [source, *(overrides or [])]
+        return preset, [source, *(overrides or [])]
     return source, overrides or []

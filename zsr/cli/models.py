@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import typer
 
 if TYPE_CHECKING:
     from zsr.config.schema import Precision
@@ -13,24 +16,30 @@ _STATE_FILE = "state.json"
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """The checkpoint in ``folder``: the folder itself, or the latest of a run's.
+    """The checkpoint in ``folder``: the folder itself, a run's latest, or that of the newest run of this name.
+
+    Runs are called ``name-digest``, so that ``.zsr/runs/demo`` finds ``.zsr/runs/demo-1f2e3d4c5b6a7988``.
 
     Raises:
         ValueError: there is none.
     """
+    if folder.is_dir():
+        found = _checkpoints(folder)
+        if not found:
+            raise ValueError(f"{folder}: holds no checkpoint; a checkpoint has a {_STATE_FILE}, a run has checkpoints/")
+        return found[-1]
+    runs = [found[-1] for run in folder.parent.glob(f"{glob.escape(folder.name)}-*") if (found := _checkpoints(run))]
+    if not runs:
+        raise ValueError(f"{folder}: there is no such folder, and no run of that name")
+    return max(runs, key=lambda checkpoint: (checkpoint / _STATE_FILE).stat().st_mtime)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first; names carry the step, or the time, in digits of equal number."""
     if (folder / _STATE_FILE).is_file():
-        return folder
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder")
-    # Names carry the step with leading zeros, so the last by name within a run is the latest.
-    found = sorted(path.parent for path in folder.glob("*/state.json")) or sorted(
-        path.parent for path in folder.glob("checkpoints/*/state.json")
-    )
-    if not found:
-        raise ValueError(
-            f"{folder}: holds no checkpoint; a checkpoint folder has a {_STATE_FILE}, a run's has checkpoints/"
-        )
-    return found[-1]
+        return [folder]
+    found = [path.parent for pattern in ("*", "checkpoints/*") for path in folder.glob(f"{pattern}/{_STATE_FILE}")]
+    return sorted(found, key=lambda path: path.name)
 
 
 def load_named(name: str, pretrained: str | None, precision: Precision, device: str) -> tuple[RobustCLIP, str | None]:
@@ -44,12 +53,14 @@ def load_named(name: str, pretrained: str | None, precision: Precision, device: 
     from zsr.models import load_model
 
     folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "open_clip_config.json").is_file():
-        model, config = load_trained(find_checkpoint(folder), device)
+    if (folder / "open_clip_config.json").is_file():
+        name = f"local-dir:{folder}"
+    elif folder.is_dir() or (":" not in name and len(folder.parts) > 1):  # a path, not "ViT-B-32" or "zsr:emoji-vit"
+        checkpoint = find_checkpoint(folder)
+        typer.echo(f"model={checkpoint}", err=True)
+        model, config = load_trained(checkpoint, device)
         model.image.precision = precision
         return model, config.data.template
-    if folder.is_dir():
-        name = f"local-dir:{folder}"
     model = load_model(ModelConfig(name=name, pretrained=pretrained), precision, device)
     model.eval()
     return model, None
