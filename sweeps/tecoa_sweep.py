@@ -35,7 +35,14 @@ SWEEP = Sweep(
     settings=("objective=tecoa",),
     num_trials=32,
     first=[{"lr_factor": 1.0, "weight_decay": 1e-4, "steps": 2, "reach": 1.5, "schedule": "constant"}],
-    variants={"demo": Variant(num_trials=4, multi_objective=True, step_s=0.8)},
+    variants={
+        "demo": Variant(
+            num_trials=4,
+            multi_objective=True,
+            step_s=0.8,
+            test_sets=("zsr:emoji/test_style", "zsr:emoji/test_concepts"),
+        )
+    },
 )
 
 if __name__ == "__main__":

@@ -41,7 +41,14 @@ SWEEP = Sweep(
     num_trials=64,
     first=[{**DEFAULTS, "schedule": "constant", "lr_factor": 1.0}],
     # Four trials are too few to stop any early; a trade-off curve says more.
-    variants={"demo": Variant(num_trials=4, multi_objective=True, step_s=0.8)},
+    variants={
+        "demo": Variant(
+            num_trials=4,
+            multi_objective=True,
+            step_s=0.8,
+            test_sets=("zsr:emoji/test_style", "zsr:emoji/test_concepts"),
+        )
+    },
 )
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 from zsr.config import RunConfig
 from zsr.engine.protocols import Session, Tracker
+from zsr.launch.services import descendants
 
 # One token for all clusters of this process: Ray reads it once. Left to itself it would write one into the home folder.
 _TOKEN = Path(tempfile.mkdtemp(prefix="zr", dir="/tmp")) / "token"
@@ -31,6 +32,7 @@ def cluster_environment(folder: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(_TOKEN),
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     }
 
@@ -85,12 +87,19 @@ def head_process(num_cpus: int = 4) -> Iterator[dict[str, str]]:
             _wait_for(lambda: "Ray runtime started" in Path(folder, "head.log").read_text(), 90)
             yield {**values, "RAY_ADDRESS": f"127.0.0.1:{port}"}
         finally:
-            os.killpg(head.pid, signal.SIGTERM)
-            try:
-                head.wait(15)
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(head.pid, signal.SIGKILL)
+            stop_group(head)
+
+
+def stop_group(leader: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it started: politely, then not."""
+    family = [leader.pid, *descendants(leader.pid)]
+    os.killpg(leader.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        leader.wait(5)
+    for pid in family:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    leader.wait(10)
 
 
 def free_ports(count: int) -> list[int]:

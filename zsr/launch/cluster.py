@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 QUIET = {
@@ -13,6 +12,7 @@ QUIET = {
     "RAY_DEDUP_LOGS": "1",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray 2.60 asks for this choice with a warning at every start; a worker without GPUs keeps what it inherited.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # No result.json, CSV and TensorBoard file for each trial: zsr keeps its own records.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -44,11 +44,11 @@ def quiet_environment() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def attach(env: Mapping[str, str] | None = None) -> Capacity:
+def attach(worker_output: bool = True) -> Capacity:
     """Join the cluster of ``RAY_ADDRESS``, or one that runs here, or start one.
 
     Args:
-        env: variables that every worker process should have.
+        worker_output: show what worker processes print.
 
     Raises:
         RuntimeError: the cluster has no dashboard. Ray frees the places of stopped trials by asking it; without it a
@@ -59,9 +59,8 @@ def attach(env: Mapping[str, str] | None = None) -> Capacity:
 
     context = ray.init(
         include_dashboard=None if os.environ.get("RAY_ADDRESS") else True,
-        runtime_env={"env_vars": dict(env)} if env else None,
         ignore_reinit_error=True,
-        log_to_driver=False,
+        log_to_driver=worker_output,
         logging_level=logging.ERROR,
     )
     if not context.dashboard_url:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -29,6 +30,9 @@ START_LIMIT_S = 180
 # Four trials need no pool of processes, no client server and little shared memory.
 RAY_CPUS = 4
 OBJECT_STORE_BYTES = 150_000_000
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_PREFIX = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+\s+[A-Z]+ \S+\.py:\d+ -- ")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,6 +147,8 @@ class Demo:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray gives its workers low priority; here they are what the machine is for.
+            "RAY_worker_niceness": "0",
             "RAY_DISABLE_IMPORT_WARNING": "1",
         }
 
@@ -202,9 +208,13 @@ def answers(url: str, token: str | None = None) -> bool:
 
 def is_noise(line: str) -> bool:
     """Lines of the submission command itself that say nothing to who runs the demo."""
-    text = line.strip()
-    chatter = ("Job submission server", "Next steps", "Query the ", "Request the job", "ray job ", "Tailing logs")
-    return not text or set(text) == {"-"} or text.startswith(chatter) or (" -- " in text and "packaging.py" in text)
+    text = _COLOUR.sub("", line).strip()
+    text, from_ray = _PREFIX.subn("", text)
+    chatter = (
+        "Directory '", "Job submission server", "Next steps", "Query the ", "Request the job", "Tailing logs",
+        "Uploading package", "WebSocket closed", "ray job ",
+    )  # fmt: skip
+    return (bool(from_ray) and (text.startswith(chatter) or set(text) <= {"-"})) or not text
 
 
 def say(line: str) -> None:

@@ -20,21 +20,23 @@ from ray import tune  # noqa: E402
 
 from zsr.launch import publish  # noqa: E402
 from zsr.launch.progress import Progress  # noqa: E402
-from zsr.launch.results import Results, judge, print_table  # noqa: E402
+from zsr.launch.results import Results, judge, print_rows, print_table  # noqa: E402
 from zsr.launch.search import SweepSearch, make_scheduler  # noqa: E402
 from zsr.launch.trial import TrialPlan, trial_function  # noqa: E402
+from zsr.tracking.card import markdown_table  # noqa: E402
 from zsr.tracking.environment import source_commit  # noqa: E402
 
 if TYPE_CHECKING:
     from zsr.launch.sweep import Sweep
 
 TUNE_FOLDER = "tune"
+TRIAL_PROCESS_BYTES = 1_000_000
 
 
 def drive(sweep: Sweep, plan: Plan, store: Store, sweep_id: str, asked: Mapping[str, Any], resume: bool) -> int:
     """Run all trials and publish the outcome; return the exit code."""
     print(f"stage=connect sweep={sweep_id} note='joining the Ray cluster'", flush=True)
-    concurrent = settle_concurrency(plan, attach())
+    concurrent = settle_concurrency(plan, attach(worker_output=False))
     trial_plan = TrialPlan(sweep_id, plan.tree, plan.metrics, store.root, sweep.loop)
     study_storage = open_study_storage(store)
     store.write_json({"id": sweep_id, "name": plan.name, "asked": dict(asked)}, "sweep.json")
@@ -65,8 +67,9 @@ def run_trials(
     sweep: Sweep, plan: Plan, trial_plan: TrialPlan, store: Store, storage: optuna.storages.BaseStorage, concurrent: int
 ) -> None:
     """Let Tune run what is still to run."""
-    # Next to nothing for Tune's own process of a trial: its workers are placed by Train, which Tune knows nothing of.
-    trainable = tune.with_resources(trial_function(trial_plan), {"CPU": 0.01})
+    # Nothing but a little memory for Tune's own process of a trial: its workers are placed by Train, which Tune knows
+    # nothing of. Even a hundredth of a CPU each would leave one trial's workers less than fit, and the head has none.
+    trainable = tune.with_resources(trial_function(trial_plan), {"CPU": 0, "memory": TRIAL_PROCESS_BYTES})
     path = store.at(TUNE_FOLDER)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -123,6 +126,8 @@ def finish(results: Results, plan: Plan, trial_plan: TrialPlan, store: Store, st
     exported: Path | None = None
     if results.best is not None:
         exported = publish.register_best(results.best, plan, trial_plan, store)
+    if exported is not None and plan.test_sets:
+        files += compare_with_untouched(plan, exported, store, tracker)
     pages = tracker_pages(plan, trial_plan)
     note = publish.sweep_note(results, plan, pages[1] if pages else None)
     publish.record_sweep(tracker, results, plan, files, note)
@@ -140,6 +145,23 @@ def finish(results: Results, plan: Plan, trial_plan: TrialPlan, store: Store, st
         print(f"mlflow sweep={pages[0]}", flush=True)
         print(f"mlflow compare={pages[1]}", flush=True)
     return 0 if best is not None else 1
+
+
+def compare_with_untouched(plan: Plan, model: Path, store: Store, tracker: Any) -> list[Path]:
+    """Evaluate the best model and the untouched one on the test sets, print the table and return it as a file."""
+    from zsr.launch.final import HEADER, Final, compare
+
+    print(f"stage=final sets={','.join(plan.test_sets)} note='best trial against the untouched model'", flush=True)
+    try:
+        comparison = compare(Final(plan.test_sets), plan, model)
+    except (OSError, ValueError) as error:
+        print(f"stage=final problem={str(error)!r}", flush=True)
+        return []
+    tracker.log_metrics(comparison.metrics(), step=plan.num_trials)
+    print_rows(f"Held-out sets, {comparison.attack}", HEADER, comparison.rows())
+    path = store.folder("results") / "final.md"
+    path.write_text("\n".join(markdown_table(HEADER, comparison.rows())) + "\n")
+    return [path]
 
 
 def tracker_pages(plan: Plan, trial_plan: TrialPlan) -> tuple[str, str] | None:

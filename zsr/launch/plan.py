@@ -29,6 +29,7 @@ class Plan:
         steps: optimizer steps of a trial; ``None`` if its data could not be read from here.
         step_s: seconds a step takes, evaluation included, if known.
         seed: of the search.
+        test_sets: on which the best trial is compared with the untouched model at the end.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Plan:
     steps: int | None
     step_s: float | None
     seed: int
+    test_sets: tuple[str, ...] = ()
 
     @property
     def multi_objective(self) -> bool:

@@ -19,7 +19,7 @@ QUIET_S = 15.0
 """Longest silence before a sign of life."""
 
 
-class Progress(tune.Callback):  # type: ignore[misc]
+class Progress(tune.Callback):
     """Prints trials and writes them down.
 
     Args:
@@ -109,14 +109,27 @@ class Progress(tune.Callback):  # type: ignore[misc]
         )
 
     def _totals(self) -> str:
-        ended = [record for record in self._book.all() if record.ended]
-        left = self._num_trials - len(ended)
-        each = sum(record.seconds for record in ended) / len(ended) if ended else self._expected_s
+        records = self._book.all()
+        ended = [record for record in records if record.ended]
         text = f"done={len(ended)}/{self._num_trials} elapsed={duration(time.monotonic() - self._started)}"
-        if each is not None and left:
+        left = self._num_trials - len(ended)
+        if left:
+            seconds = self._seconds_per_trial(records)
             gone = sum(time.monotonic() - since for since in self._running.values())
-            text += f" eta={duration(max(left * each - gone, 0) / min(self._concurrent, left))}"
+            if seconds is None:
+                text += " eta=unknown"
+            else:
+                text += f" eta={duration(max(left * seconds - gone, 0) / min(self._concurrent, left))}"
         return text
+
+    def _seconds_per_trial(self, records: Sequence[TrialRecord]) -> float | None:
+        """What a trial takes: what the ended ones took, else as running ones promise, else as planned."""
+        ended = [record.seconds for record in records if record.state == "finished"]
+        if ended:
+            return sum(ended) / len(ended)
+        steps = self._steps or 0
+        promised = [r.seconds * steps / r.metrics["step"] for r in records if r.metrics.get("step") and steps]
+        return max(promised) if promised else self._expected_s
 
     def _page(self, trial: Any) -> TrialRecord:
         number = trial.config["number"]

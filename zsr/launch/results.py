@@ -17,6 +17,7 @@ from zsr.tracking.card import markdown_table, show
 
 CLEAN, ROBUST = "val/clean_acc", "val/robust_acc"
 FRONT_AXES = ((CLEAN, "max"), (ROBUST, "max"))
+_NUMBERS = ("clean", "robust", "cost", "time", "images", "GPU-hours", "worker-hours")
 Objectives = Sequence[tuple[str, str]]
 
 
@@ -103,18 +104,21 @@ def rows(results: Results, plan: Plan, only: Sequence[TrialRecord] | None = None
 
 def print_table(results: Results, plan: Plan) -> None:
     """The table of trials and the front, on the screen."""
-    console = Console(width=None if Console().is_terminal else 160)
-    for title, only in (("Trials", None), ("Pareto front (clean, robust)", results.front)):
-        header, body = rows(results, plan, only)
-        if title != "Trials":  # the front is a choice between numbers; settings are in the table above
-            keep = [header.index(name) for name in ("trial", "clean", "robust")]
-            header, body = [header[i] for i in keep], [[row[i] for i in keep] for row in body]
-        table = Table(title=title, title_justify="left")
-        for name in header:
-            table.add_column(name, justify="right" if name in ("clean", "robust", "cost", "time") else "left")
-        for row in body:
-            table.add_row(*row)
-        console.print(table)
+    print_rows("Trials", *rows(results, plan))
+    # The front is a choice between numbers; settings are in the table above.
+    header, body = rows(results, plan, results.front)
+    keep = [header.index(name) for name in ("trial", "clean", "robust")]
+    print_rows("Pareto front", [header[i] for i in keep], [[row[i] for i in keep] for row in body])
+
+
+def print_rows(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+    """One table on the screen; wide where nobody can say how wide the screen is, as in a job's output."""
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name, justify="right" if name in _NUMBERS or name.endswith("%") else "left")
+    for row in body:
+        table.add_row(*row)
+    Console(width=None if Console().is_terminal else 160).print(table)
 
 
 def markdown(results: Results, plan: Plan) -> str:

@@ -78,7 +78,7 @@ class Services:
         self._write({**self._read(), name: asdict(service)})
         return service
 
-    def stop(self, name: str, patience_s: float = 15.0) -> bool:
+    def stop(self, name: str, patience_s: float = 6.0) -> bool:
         """Stop a service with everything that it started; return whether there was one."""
         service = self.get(name)
         if service is not None:

@@ -49,6 +49,7 @@ class Variant:
         multi_objective: search clean and robust accuracy at once.
         step_s: seconds a step takes there, evaluation included, for the plan.
         settings: overrides on top of the preset.
+        test_sets: on which the best trial is compared with the untouched model at the end; they take no part in choosing.
     """
 
     num_trials: int | None = None
@@ -56,6 +57,7 @@ class Variant:
     multi_objective: bool | None = None
     step_s: float | None = None
     settings: tuple[str, ...] = ()
+    test_sets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ def make_plan(sweep: Sweep, asked: argparse.Namespace) -> Plan:
         steps=count_trial_steps(config),
         step_s=variant.step_s,
         seed=asked.seed,
+        test_sets=variant.test_sets,
     )
 
 

@@ -6,6 +6,8 @@ finished), so a name must stand for one configuration: ``run_name`` puts the con
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -64,6 +66,18 @@ class RunOutcome:
     error: str | None = None
 
 
+class RunEndedError(ValueError):
+    """A run ended early for a reason that another attempt would only meet again.
+
+    Attributes:
+        outcome: the reason, and what was reached before.
+    """
+
+    def __init__(self, outcome: RunOutcome) -> None:
+        super().__init__(outcome.error)
+        self.outcome = outcome
+
+
 def run_name(config: RunConfig) -> str:
     """A name that stands for this configuration: another setting, another run."""
     return f"{config.name}-{config.digest()}"
@@ -100,7 +114,8 @@ def run_ray(
         Ray's result; its ``return_value`` is a :class:`RunOutcome`. Metrics by step are in the tracker.
 
     Raises:
-        ray.train.TrainingFailedError: the run failed more than ``launch.max_failures`` times.
+        RunEndedError: it diverged, or the data contradict its settings.
+        ray.train.TrainingFailedError: it failed more than ``launch.max_failures`` times.
     """
     launch = config.launch
     name = name or run_name(config)
@@ -132,7 +147,10 @@ def run_ray(
             callbacks=list(callbacks),
         ),
     )
-    return trainer.fit()
+    result = trainer.fit()
+    if result.return_value.error:
+        raise RunEndedError(result.return_value)
+    return result
 
 
 def run_worker(arguments: dict[str, Any]) -> RunOutcome:
@@ -142,6 +160,9 @@ def run_worker(arguments: dict[str, Any]) -> RunOutcome:
     config = RunConfig.model_validate(task.config)
     session = RaySession(store.at(task.name))
     loop = arguments["loop"] or engine_loop()
+    if session.rank == 0:
+        logging.getLogger("zsr").setLevel(logging.INFO)
+        logging.basicConfig(format="%(message)s", stream=sys.stdout)
     tracker = open_tracker(task, config, store) if session.rank == 0 else NullTracker()
     record_start(tracker, config, task.swept)
     try:

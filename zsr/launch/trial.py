@@ -13,10 +13,11 @@ from typing import Any
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from zsr.config import RunConfig
 from zsr.launch.search import honest
 from zsr.launch.space import point_config
 from zsr.launch.store import Store
-from zsr.launch.train import Loop, run_ray
+from zsr.launch.train import Loop, RunEndedError, RunOutcome, run_ray
 from zsr.launch.trials import TrialBook, plain_metrics
 
 
@@ -89,6 +90,19 @@ def run_trial(plan: TrialPlan, number: int, point: Mapping[str, Any]) -> None:
         tune.report(report(known.metrics, plan.metrics, ended=known.state))
         return
     config = point_config(plan.tree, point)
+    try:
+        outcome, checkpoint = train_point(plan, number, point, config, store)
+    except RunEndedError as ended:
+        tune.report(report(ended.outcome.metrics, plan.metrics, ended="diverged", error=ended.outcome.error))
+        return
+    # Said again at the end: a run that had ended before a restart reports nothing by itself.
+    tune.report(report(outcome.metrics, plan.metrics, ended="finished", **checkpoint))
+
+
+def train_point(
+    plan: TrialPlan, number: int, point: Mapping[str, Any], config: RunConfig, store: Store
+) -> tuple[RunOutcome, dict[str, str]]:
+    """Run one configuration; return its outcome and, if it wrote one, its checkpoint's address."""
     result = run_ray(
         config,
         tune.get_context().get_trial_id(),
@@ -101,8 +115,4 @@ def run_trial(plan: TrialPlan, number: int, point: Mapping[str, Any]) -> None:
         callbacks=[ForwardReports(plan.metrics)],
         loop=plan.loop,
     )
-    # Said again at the end: a run that had ended before a restart reports nothing by itself.
-    outcome = result.return_value
-    checkpoint = {"checkpoint_path": result.checkpoint.path} if result.checkpoint else {}
-    ended = "diverged" if outcome.error else "finished"
-    tune.report(report(outcome.metrics, plan.metrics, ended=ended, error=outcome.error, **checkpoint))
+    return result.return_value, {"checkpoint_path": result.checkpoint.path} if result.checkpoint else {}
