@@ -41,7 +41,7 @@ from zsr.engine.quick_eval import ZeroShotHead, evaluate
 from zsr.engine.session import LocalSession
 from zsr.engine.step import duplicates
 from zsr.models import ImageFeatures, RobustCLIP, TextBank, class_embeddings, load_model
-from zsr.objectives.base import StepContext, pairs_of_different_classes
+from zsr.objectives.base import StepContext, View, pairs_of_different_classes
 from zsr.objectives.tima import TimaConfig, hyperspherical_energy
 
 UNSEEN = ("zsr:emoji/val", "zsr:emoji/test_concepts", "zsr:emoji/test_both")
@@ -116,7 +116,8 @@ def tune_text(config: RunConfig, model: RobustCLIP, features_CKE: Tensor, bank_N
     image embeddings comes from ``bank_ND``.
     """
     objective = OBJECTIVES.build(config.objective.model_copy(update={"weight_tam": 0.0, "weight_takd": 0.0}))
-    projection = model.text_projection.requires_grad_(True)
+    projection = model.text_projection
+    projection.requires_grad_(True)
     text0_CD = class_embeddings(features_CKE, projection.detach())
     duplicate_CC = duplicates(text0_CD)
     pairs_CC = pairs_of_different_classes(duplicate_CC)
@@ -128,14 +129,17 @@ def tune_text(config: RunConfig, model: RobustCLIP, features_CKE: Tensor, bank_N
     optimizer = make_optimizer(config.optim, [projection])
     energies = [energy()]
     for step, rows in zip(range(steps), _rows(len(bank_ND), config.train.batch_size, config.seed), strict=False):
-        features = ImageFeatures(bank_ND[rows], bank_ND[rows])
+
+        def frozen(view: View, rows: Tensor = rows) -> ImageFeatures:
+            return ImageFeatures(bank_ND[rows], bank_ND[rows])
+
         ctx = StepContext(
             label_B=torch.zeros(len(rows), dtype=torch.int64),  # read by the image terms alone, which weigh nothing
             scale=model.logit_scale,
             text_CD=class_embeddings(features_CKE, projection),
             text0_CD=text0_CD,
             duplicate_CC=duplicate_CC,
-            make_view=lambda view, features=features: features,
+            make_view=frozen,
         )
         set_learning_rate(optimizer, learning_rate(config.optim, step, steps))
         optimizer.zero_grad(set_to_none=True)
