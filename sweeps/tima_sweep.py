@@ -19,7 +19,8 @@ def space(trial: optuna.trial.BaseTrial, base: RunConfig) -> dict[str, object]:
     """Weights over one or two decades, a margin of either sign, and a learning rate around the preset's."""
     margin = trial.suggest_float("margin", -0.2, 0.2)
     return {
-        "objective.weight_mhe": trial.suggest_float("weight_mhe", 0.01, 1.0, log=True),
+        "objective.weight_tam": trial.suggest_float("weight_tam", 0.3, 3.0, log=True),
+        "objective.weight_mhe": trial.suggest_float("weight_mhe", 0.1, 10.0, log=True),
         "objective.weight_iakd": trial.suggest_float("weight_iakd", 0.1, 5.0, log=True),
         "objective.weight_takd": trial.suggest_float("weight_takd", 0.1, 5.0, log=True),
         "objective.margin_base": trial.suggest_float("margin_base", 0.0, 0.2),
@@ -31,7 +32,10 @@ def space(trial: optuna.trial.BaseTrial, base: RunConfig) -> dict[str, object]:
     }
 
 
-DEFAULTS = {"weight_mhe": 0.1, "weight_iakd": 1.0, "weight_takd": 1.0, "margin_base": 0.0, "margin": 0.05}
+DEFAULTS = {
+    **{"weight_tam": 1.0, "weight_mhe": 1.0, "weight_iakd": 1.0, "weight_takd": 1.0},
+    **{"margin_base": 0.0, "margin": 0.05},
+}
 
 SWEEP = Sweep(
     name="tima",

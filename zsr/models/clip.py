@@ -44,7 +44,9 @@ class ImageTower(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, visual: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], precision: Precision) -> None:
+    def __init__(
+        self, visual: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], precision: Precision
+    ) -> None:
         super().__init__()
         self.visual = visual
         self.precision = precision

@@ -23,7 +23,9 @@ def export_open_clip(model: RobustCLIP, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     # Contiguous clones: safetensors refuses tensors that share memory.
-    save_file({name: value.contiguous().clone() for name, value in state.items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {name: value.contiguous().clone() for name, value in state.items()}, folder / "open_clip_model.safetensors"
+    )
     return folder
 
 
@@ -40,7 +42,9 @@ def _put_projection(model: RobustCLIP, state: dict[str, Tensor]) -> None:
         if projection.bias is not None:
             state[f"{prefix}text_projection.bias"] = state[f"{prefix}text_projection.bias"] @ tuned
     elif not bool((tuned == tuned.new_ones(tuned.shape[0]).diag()).all()):
-        raise ValueError(f"{model.arch} has no text projection that could hold the tuned one; train with text tuning off")
+        raise ValueError(
+            f"{model.arch} has no text projection that could hold the tuned one; train with text tuning off"
+        )
 
 
 def _json_ready(preprocess: dict[str, object]) -> dict[str, object]:

@@ -47,7 +47,7 @@ class TimaConfig(ObjectiveConfig):
     name: Literal["tima"] = "tima"
     weight_tam: Weight = 1.0
     weight_takd: Weight = 1.0
-    weight_mhe: Weight = 0.1
+    weight_mhe: Weight = 1.0
     weight_iakd: Weight = 1.0
     margin_base: Weight = 0.0
     """m_0, a cosine added to every wrong class."""
