@@ -32,9 +32,15 @@ def space(trial: optuna.trial.BaseTrial, base: RunConfig) -> dict[str, object]:
     }
 
 
-DEFAULTS = {
-    **{"weight_tam": 1.0, "weight_mhe": 1.0, "weight_iakd": 1.0, "weight_takd": 1.0},
-    **{"margin_base": 0.0, "margin": 0.05},
+FIRST = {  # the objective's own defaults
+    "weight_tam": 1.0,
+    "weight_mhe": 1.0,
+    "weight_iakd": 1.0,
+    "weight_takd": 1.0,
+    "margin_base": 0.0,
+    "margin": 0.05,
+    "schedule": "constant",
+    "lr_factor": 1.0,
 }
 
 SWEEP = Sweep(
@@ -43,7 +49,7 @@ SWEEP = Sweep(
     space=space,
     settings=("objective=tima",),
     num_trials=64,
-    first=[{**DEFAULTS, "schedule": "constant", "lr_factor": 1.0}],
+    first=[FIRST],
     # Four trials are too few to stop any early; a trade-off curve says more.
     variants={
         "demo": Variant(
