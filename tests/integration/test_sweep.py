@@ -16,6 +16,11 @@ import pytest
 import ray_support
 from ray_support import head_process, starts
 
+from zsr.launch.guard import ZERO_GRAD_LIMIT, honest
+from zsr.launch.results import judge
+from zsr.launch.sweep import BOTH, ROBUST, Sweep, main
+from zsr.launch.trials import TrialRecord
+
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
 SCRIPT = f"""
@@ -29,9 +34,9 @@ def space(trial, base):
     return {{"optim.lr": base.optim.lr * trial.suggest_float("factor", 0.1, 1.0)}}
 
 sys.exit(main(Sweep(
-    name="dummy", preset="demo", space=space, num_trials=3, loop=ray_support.counting_loop,
+    name="dummy", preset="demo", space=space, num_trials=2, loop=ray_support.counting_loop,
     settings=("train.max_steps=8", "train.eval_every=2", "optim.lr=0.02"),
-    first=[{{"factor": 0.9}}, {{"factor": 0.5}}, {{"factor": 0.1}}],
+    first=[{{"factor": 0.9}}, {{"factor": 0.5}}],
 )))
 """
 
@@ -89,7 +94,7 @@ def test_a_killed_sweep_resumes_and_repeats_no_finished_trial(head: dict[str, st
     output, _ = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, output
     after = command.trials()
-    assert sorted(after) == [0, 1, 2], output
+    assert sorted(after) == [0, 1], output
     assert {trial["state"] for trial in after.values()} == {"finished"}
     assert len(list(tmp_path.glob(".zsr/runs/dummy-*"))) == 1
 
@@ -112,8 +117,12 @@ def test_a_dry_run_touches_nothing_and_needs_no_cluster(tmp_path: Path) -> None:
     process = command.start("--dry-run", "launch.gpu_hour_price=2")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    assert "trials=3" in output
+    assert "trials=2" in output
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def space(trial: Any, base: Any) -> dict[str, Any]:
+    return {"optim.lr": base.optim.lr * trial.suggest_float("factor", 0.1, 1.0)}
 
 
 @pytest.mark.parametrize(
@@ -126,12 +135,57 @@ def test_a_dry_run_touches_nothing_and_needs_no_cluster(tmp_path: Path) -> None:
         (("--preset", "demoo"), "demo"),
     ],
 )
-def test_mistakes_are_sentences(tmp_path: Path, arguments: tuple[str, ...], expected: str) -> None:
-    process = Command(tmp_path, dict(os.environ)).start("--dry-run", *arguments)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert expected in output
-    assert "Traceback" not in output
+def test_mistakes_are_sentences(
+    arguments: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("ZSR_HOME", str(tmp_path))
+    assert main(Sweep(name="dummy", preset="demo", space=space), ["--dry-run", *arguments]) == 2
+    assert expected in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_point_that_does_not_fit_is_named_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong(trial: Any, base: Any) -> dict[str, Any]:
+        return {"attack.eps": trial.suggest_float("eps", 0.5, 20.0)}
+
+    assert main(Sweep(name="dummy", preset="demo", space=wrong), []) == 2
+    message = capsys.readouterr().err
+    assert "drawn from the search space" in message
+    assert "attack.eps=" in message
+
+
+def trial(number: int, clean: float, robust: float, **more: Any) -> TrialRecord:
+    metrics = {"val/clean_acc": clean, "val/robust_acc": robust}
+    return TrialRecord(number, f"t{number}", {}, state=more.pop("state", "finished"), metrics=metrics, **more)
+
+
+def test_the_front_and_the_best_leave_out_what_cannot_be_believed() -> None:
+    trials = [
+        trial(0, 0.9, 0.1),
+        trial(1, 0.8, 0.3),
+        trial(2, 0.7, 0.2),  # beaten by 1
+        trial(3, 0.9, 0.9, flags=["zero_grad_frac=0.5>0.05"]),
+        trial(4, 0.9, 0.8, state="pruned"),
+        trial(5, float("nan"), 0.9),
+    ]
+    results = judge(trials, BOTH)
+    assert [t.number for t in results.front] == [1, 0]
+    assert results.best is not None
+    assert results.best.number == 1
+    assert judge(trials[3:], BOTH).best is None
+
+
+@pytest.mark.parametrize(
+    ("measured", "seen"),
+    [
+        ({"val/robust_acc": 0.4, "val/zero_grad_frac": 0.0}, 0.4),
+        ({"val/robust_acc": 0.4, "val/zero_grad_frac": ZERO_GRAD_LIMIT * 1.1}, 0.0),
+        ({"val/robust_acc": float("nan"), "val/zero_grad_frac": 0.0}, 0.0),
+        ({}, 0.0),
+    ],
+)
+def test_the_search_sees_the_worst_for_what_is_not_honest(measured: dict[str, float], seen: float) -> None:
+    assert honest(measured, [ROBUST]) == {"val/robust_acc": seen}
 
 
 def leftovers(head: dict[str, str]) -> list[str]:

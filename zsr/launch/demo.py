@@ -210,9 +210,11 @@ def is_noise(line: str) -> bool:
     """Lines of the submission command itself that say nothing to who runs the demo."""
     text = _COLOUR.sub("", line).strip()
     text, from_ray = _PREFIX.subn("", text)
+    if text.startswith("(raylet)"):
+        return True  # advice on process counts; what goes wrong is also said by the sweep
     chatter = (
         "Directory '", "Job submission server", "Next steps", "Query the ", "Request the job", "Tailing logs",
-        "Uploading package", "WebSocket closed", "ray job ",
+        "Uploading package", "WebSocket closed", "ray job ", "Ignoring upload", "Creating a file package", "Runtime env is",
     )  # fmt: skip
     return (bool(from_ray) and (text.startswith(chatter) or set(text) <= {"-"})) or not text
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from ray import tune
 
+from zsr.launch.guard import find_flags
 from zsr.launch.plan import TRIAL_START_S, Plan, duration
-from zsr.launch.search import find_flags
 from zsr.launch.trials import Stopwatch, TrialBook, TrialRecord, TrialState
 
 QUIET_S = 15.0

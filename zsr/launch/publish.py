@@ -12,9 +12,9 @@ import optuna
 
 from zsr.config import RunConfig, to_yaml
 from zsr.launch.charts import draw_charts
+from zsr.launch.guard import ZERO_GRAD_LIMIT
 from zsr.launch.plan import Plan
 from zsr.launch.results import FRONT_AXES, Results, cost_unit, markdown, worker_hours
-from zsr.launch.search import ZERO_GRAD_LIMIT
 from zsr.launch.space import point_config, point_overrides
 from zsr.launch.store import Store
 from zsr.launch.trial import TrialPlan

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import optuna
+from typing import TYPE_CHECKING, Any
 
 from zsr.config import ConfigError, RunConfig, apply_overrides, validate
 
+if TYPE_CHECKING:
+    import optuna
+
 Point = Mapping[str, Any]
-Space = Callable[[optuna.trial.BaseTrial, RunConfig], Point]
+Space = Callable[["optuna.trial.BaseTrial", RunConfig], Point]
 """Gives a point for an Optuna trial. It is shown the settings that all trials share, so that a range can be relative to
 the preset's own value, and one space serves every preset."""
 
@@ -42,6 +43,8 @@ def check_space(tree: Mapping[str, Any], space: Space, seed: int, num_points: in
     Raises:
         ConfigError: with a sentence for the first point that does not fit, and that point.
     """
+    import optuna  # not above: every trial's processes import this module too
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     base = validate(tree)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))

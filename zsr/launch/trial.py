@@ -14,7 +14,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from zsr.config import RunConfig
-from zsr.launch.search import honest
+from zsr.launch.guard import honest
 from zsr.launch.space import point_config
 from zsr.launch.store import Store
 from zsr.launch.train import Loop, RunEndedError, RunOutcome, run_ray
