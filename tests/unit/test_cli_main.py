@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,13 +28,15 @@ def test_importing_the_command_line_loads_nothing_heavy() -> None:
 
 
 def test_help_is_quick() -> None:
+    # Processor seconds, not those on the clock: other tests run at the same time. Half a second on the clock is the aim,
+    # a quarter is usual; the bound leaves room for a slow machine and catches an import of torch.
     seconds = []
     for _ in range(3):
-        began = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert run("--help").returncode == 0
-        seconds.append(time.monotonic() - began)
-    # Half a second on a quiet machine; the bound is loose because other tests run at the same time.
-    assert min(seconds) < 1.5
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 1.0
 
 
 def test_help_names_every_command() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zsr.config import ConfigError, load_config, preset_names, to_yaml
@@ -48,6 +48,7 @@ def test_yaml_itself_reads_such_a_number_as_text() -> None:
     assert yaml.safe_load("1e-4") == "1e-4"  # the reason for the test above
 
 
+@settings(deadline=None)  # the first example also imports torch; a busy machine is slow at the others
 @given(st.integers(0, 10**6), st.floats(1e-8, 10), st.integers(1, 255))
 def test_overrides_reach_the_configuration(seed: int, lr: float, grey_levels: int) -> None:
     config = load_config("default", [f"seed={seed}", f"optim.lr={lr!r}", f"attack.eps={grey_levels}/255"])

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zsr.config import ConfigError, apply_overrides, merge
 from zsr.config.overrides import parse_value
 
+unhurried = settings(deadline=None)  # a busy machine is no bug
 KEYS = st.sampled_from(["alpha", "beta", "gamma", "delta", "weight_mhe", "lr"])
 PATHS = st.lists(KEYS, min_size=1, max_size=3).map(tuple)
 TEXT = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=8)
@@ -39,6 +40,7 @@ def prefix_free(paths: list[tuple[str, ...]]) -> bool:
 PATH_SETS = st.lists(PATHS, min_size=1, max_size=6, unique=True).filter(prefix_free)
 
 
+@unhurried
 @given(PATHS, SCALARS)
 def test_setting_then_reading_gives_the_value(path: tuple[str, ...], value: Any) -> None:
     tree = apply_overrides({}, [f"{'.'.join(path)}={write(value)}"])
@@ -46,12 +48,14 @@ def test_setting_then_reading_gives_the_value(path: tuple[str, ...], value: Any)
     assert type(read(tree, path)) is type(value)
 
 
+@unhurried
 @given(PATH_SETS, st.data())
 def test_distinct_paths_in_any_order_give_the_same(paths: list[tuple[str, ...]], data: st.DataObject) -> None:
     overrides = [f"{'.'.join(path)}={write(data.draw(SCALARS))}" for path in paths]
     assert apply_overrides({}, overrides) == apply_overrides({}, data.draw(st.permutations(overrides)))
 
 
+@unhurried
 @given(PATH_SETS, PATHS, SCALARS)
 def test_other_settings_stay_and_the_base_is_untouched(
     paths: list[tuple[str, ...]], path: tuple[str, ...], value: Any
@@ -67,6 +71,7 @@ def test_other_settings_stay_and_the_base_is_untouched(
             assert read(after, other) == place
 
 
+@unhurried
 @given(st.dictionaries(KEYS, SCALARS), st.dictionaries(KEYS, st.integers()), st.data())
 def test_another_name_resets_the_group(old: dict[str, Any], new: dict[str, int], data: st.DataObject) -> None:
     base = {"seed": 3, "objective": {"name": "tima", **old}}
@@ -75,6 +80,7 @@ def test_another_name_resets_the_group(old: dict[str, Any], new: dict[str, int],
     assert tree == {"seed": 3, "objective": {"name": "tecoa", **new}}
 
 
+@unhurried
 @given(st.dictionaries(KEYS, SCALARS))
 def test_the_same_name_keeps_the_group(old: dict[str, Any]) -> None:
     base = {"objective": {"name": "tima", **old}}
@@ -82,6 +88,7 @@ def test_the_same_name_keeps_the_group(old: dict[str, Any]) -> None:
     assert apply_overrides(base, ["objective=tima"]) == base
 
 
+@unhurried
 @given(st.dictionaries(KEYS, SCALARS), st.dictionaries(KEYS, SCALARS))
 def test_merge_takes_the_upper_where_both_say_something(lower: dict[str, Any], upper: dict[str, Any]) -> None:
     assert merge({"train": lower}, {"train": upper}) == {"train": {**lower, **upper}}
