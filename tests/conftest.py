@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# Time limits on single examples say more about how busy the machine is than about the code.
+settings.register_profile("zsr", deadline=None)
+settings.load_profile("zsr")
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import their helpers by name: shard_factory, tiny_clip
 

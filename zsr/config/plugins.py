@@ -136,8 +136,10 @@ class PluginField:
         return self.registry.config_class(str(name)).model_validate(value)
 
 
-def suggest(word: str, known: list[str]) -> str:
-    """"; did you mean 'tima'?" or the list of what exists, ready to append to a message."""
+def suggest(word: str, known: list[str], most: int = 12) -> str:
+    """The closest known word, or else what exists (at most so many), ready to append to a message."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
-
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return f"; there are {', '.join(known[:most])}{more}"

@@ -238,8 +238,9 @@ def _check_architecture(name: str, pretrained: str | None) -> None:
     if name not in open_clip.list_models():
         raise ValueError(f"model.name={name}: is not an open_clip model{suggest(name, open_clip.list_models())}")
     if pretrained is None:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none of its own; give a weights file"
-        raise ValueError(f"model.pretrained: {name} needs a tag ({tags}), a weights file, or {RANDOM!r}")
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        some = f"a tag ({', '.join(tags[:4])}, ...), " if tags else ""
+        raise ValueError(f"model.pretrained: {name} needs {some}a weights file, or {RANDOM!r}")
 
 
 def _architecture(name: str, model: nn.Module) -> dict[str, Any]:
