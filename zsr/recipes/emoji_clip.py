@@ -31,7 +31,7 @@ from torch import Tensor
 from zsr.models.attention import use_fast_attention
 from zsr.models.compact import save_compact
 from zsr.recipes.emoji_concepts import content_words
-from zsr.recipes.emoji_eval import class_embeddings, evaluate, read_split
+from zsr.recipes.emoji_eval import PLAN, class_embeddings, evaluate, read_split
 from zsr.recipes.emoji_text import distil_text, enriched, reduce_width, texts_of
 from zsr.recipes.emoji_vision import VisionRun, train_vision
 from zsr.recipes.sentence_encoder import SentenceEncoder
@@ -49,7 +49,6 @@ MODEL_CFG: dict[str, Any] = {
 PREPROCESS_CFG = {
     "mean": [0.8, 0.75, 0.7], "std": [0.3, 0.32, 0.36], "interpolation": "bicubic", "resize_mode": "shortest",
 }  # fmt: skip
-CARD_ONLY = "--evaluate"
 
 
 def fetch_wheel(cache: Path) -> Path:
@@ -115,14 +114,18 @@ def main() -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="one minute, keyword vectors: shows that everything runs")
     parser.add_argument("--resume", action="store_true", help="continue the run whose checkpoint lies in --out")
-    parser.add_argument(CARD_ONLY, action="store_true", help="print the card's table for the model in --out and stop")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="print the card's table for the model in --out and stop"
+    )
+    parser.add_argument("--splits", nargs="+", choices=list(PLAN), default=list(PLAN), help="with --evaluate")
+    parser.add_argument("--eps", nargs="+", type=float, default=[1, 4], help="with --evaluate: in 255ths")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     if args.evaluate:
-        evaluate(args.out, args.data)
+        evaluate(args.out, args.data, args.splits, args.eps)
         return
     minutes, wheel = (0.8, "none") if args.smoke else (args.minutes, args.wheel)
     text_seconds = min(240.0, 0.2 * minutes * 60)
