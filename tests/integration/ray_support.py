@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from zsr.config import RunConfig
 from zsr.engine.protocols import Session, Tracker
-from zsr.launch.services import descendants
+from zsr.launch.services import held, stop_family
 
 # One token for all clusters of this process: Ray reads it once. Left to itself it would write one into the home folder.
 _TOKEN = Path(tempfile.mkdtemp(prefix="zr", dir="/tmp")) / "token"
@@ -74,32 +73,21 @@ def head_process(num_cpus: int = 4) -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="zr", dir="/tmp", ignore_cleanup_errors=True) as folder:
         port, dashboard, client = free_ports(3)
         values = {**os.environ, **cluster_environment(Path(folder)), "RAY_AUTH_MODE": "token"}
-        command = ["ray", "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}"]
+        command = ["start", "--head", "--disable-usage-stats", f"--num-cpus={num_cpus}"]
         command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
         command += ["--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--temp-dir={folder}/r"]
         command += ["--object-store-memory=100000000", "--dashboard-agent-listen-port=0"]
         ray = Path(sys.executable).with_name("ray")
         with Path(folder, "head.log").open("w") as log:
             head = subprocess.Popen(
-                [str(ray), *command[1:]], env=values, stdout=log, stderr=log, start_new_session=True
+                held([str(ray), *command]), env=values, stdout=log, stderr=log, start_new_session=True
             )
         try:
             _wait_for(lambda: "Ray runtime started" in Path(folder, "head.log").read_text(), 90)
             yield {**values, "RAY_ADDRESS": f"127.0.0.1:{port}"}
         finally:
-            stop_group(head)
-
-
-def stop_group(leader: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started: politely, then not."""
-    family = [leader.pid, *descendants(leader.pid)]
-    os.killpg(leader.pid, signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        leader.wait(5)
-    for pid in family:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    leader.wait(10)
+            stop_family(head.pid, patience_s=5)
+            head.wait(10)
 
 
 def free_ports(count: int) -> list[int]:

@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from zsr.launch.services import Service, Services, pick_port
+from zsr.launch.services import Service, Services, held, pick_port
 from zsr.launch.store import HOME_VARIABLE, scratch
 from zsr.tracking.environment import COMMIT_VARIABLE, source_commit
 
@@ -105,7 +105,7 @@ class Demo:
             self.token.touch(mode=0o600)
             self.token.write_text(secrets.token_hex(32))
         gcs, dashboard, client = pick_port(6379), pick_port(8265), pick_port(10001)
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"]
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--disable-usage-stats"]
         command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
         command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
         command += ["--dashboard-agent-listen-port=0", f"--num-cpus={RAY_CPUS}"]
@@ -113,7 +113,7 @@ class Demo:
         command += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={scratch(f'ray {self.root}')}"]
         return self.services.start(
             "ray",
-            command,
+            held(command),
             address=f"http://127.0.0.1:{dashboard}",
             log=self.home / "ray.log",
             environment=self._environment(),

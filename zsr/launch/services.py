@@ -11,8 +11,9 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -82,14 +83,7 @@ class Services:
         """Stop a service with everything that it started; return whether there was one."""
         service = self.get(name)
         if service is not None:
-            family = {pid: started_at(pid) for pid in descendants(service.pid)}
-            _signal_group(service.pid, signal.SIGTERM)
-            _wait(lambda: started_at(service.pid) != service.started, patience_s)
-            _signal_group(service.pid, signal.SIGKILL)
-            # Ray's workers leave the group; they are known as children of ours from before.
-            for pid, started in family.items():
-                if started and started_at(pid) == started:
-                    _signal(pid, signal.SIGKILL)
+            stop_family(service.pid, patience_s)
         remaining = {key: value for key, value in self._read().items() if key != name}
         self._write(remaining)
         return service is not None
@@ -114,19 +108,46 @@ def started_at(pid: int) -> str:
     return "" if state.startswith("Z") else started.strip()
 
 
-def descendants(pid: int) -> list[int]:
-    """All children of a process, their children, and so on."""
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+def stop_family(leader: int, patience_s: float) -> None:
+    """Stop a process group and all descendants of its members: politely, then not."""
+    members = {pid: started_at(pid) for pid in family(leader)}
+    _signal(-leader, signal.SIGTERM)
+    deadline = time.monotonic() + patience_s
+    while members and time.monotonic() < deadline:
+        time.sleep(0.2)
+        members = {pid: started for pid, started in members.items() if started and started_at(pid) == started}
+    for pid in members:
+        _signal(pid, signal.SIGKILL)
+
+
+def family(leader: int) -> list[int]:
+    """The members of a process group and everything that they started; Ray's workers leave the group, for one."""
+    command = ["ps", "-e", "-o", "pid=,ppid=,pgid="]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     children: dict[int, list[int]] = {}
+    open_ = []
     for line in listed.splitlines():
-        child, parent = map(int, line.split())
-        children.setdefault(parent, []).append(child)
-    found, open_ = [], [pid]
+        pid, parent, group = map(int, line.split())
+        children.setdefault(parent, []).append(pid)
+        if group == leader:
+            open_.append(pid)
+    found: set[int] = set()
     while open_:
-        below = children.get(open_.pop(), [])
-        found += below
-        open_ += below
-    return found
+        pid = open_.pop()
+        if pid not in found:
+            found.add(pid)
+            open_ += children.get(pid, [])
+    return sorted(found)
+
+
+def held(command: Sequence[str]) -> list[str]:
+    """A command whose work is done by daemons that it leaves behind, with a process that stays to stand for them.
+
+    ``ray start --block`` would stay too, but it ends the whole head when any helper process ends, even the Ray client
+    server that nobody uses here; on a busy machine that one gives up early.
+    """
+    stay = "import signal, subprocess, sys; code = subprocess.call(sys.argv[1:]); sys.exit(code) if code else signal.pause()"
+    return [sys.executable, "-c", stay, *command]
 
 
 def pick_port(preferred: int) -> int:
@@ -142,20 +163,8 @@ def pick_port(preferred: int) -> int:
     raise OSError("no free port on the loopback address")
 
 
-def _wait(done: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not done() and time.monotonic() < deadline:
-        time.sleep(0.2)
-
-
-def _signal_group(pid: int, number: signal.Signals) -> None:
-    try:
-        os.killpg(pid, number)
-    except (ProcessLookupError, PermissionError):
-        return
-
-
 def _signal(pid: int, number: signal.Signals) -> None:
+    """Signal a process, or the group of a negative id, if it is still there."""
     try:
         os.kill(pid, number)
     except (ProcessLookupError, PermissionError):
