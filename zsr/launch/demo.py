@@ -176,6 +176,8 @@ class Demo:
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             # Both cores are busy while workers start; Ray's minute may not do.
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+            # One machine is not taken away with notice; one process less for each trial to start.
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
             "PYTHONUNBUFFERED": "1",
         }
         commit = source_commit()

@@ -59,6 +59,10 @@ def drive(sweep: Sweep, plan: Plan, store: Store, sweep_id: str, asked: Mapping[
     except Exception:
         status = "FAILED"
         raise
+    except KeyboardInterrupt:
+        # What was running says nothing more. A resume sets its runs back to running.
+        publish.settle_trials(judge(TrialBook(store).all(), plan.metrics), plan, trial_plan, store)
+        raise
     finally:
         tracker.finish(status)  # type: ignore[arg-type]
 

@@ -116,10 +116,10 @@ class Progress(tune.Callback):
         if left:
             seconds = self._seconds_per_trial(records)
             gone = sum(time.monotonic() - since for since in self._running.values())
-            if seconds is None:
+            if seconds is None or gone >= left * seconds:  # longer than planned, and nothing reported yet
                 text += " eta=unknown"
             else:
-                text += f" eta={duration(max(left * seconds - gone, 0) / min(self._concurrent, left))}"
+                text += f" eta={duration((left * seconds - gone) / min(self._concurrent, left))}"
         return text
 
     def _seconds_per_trial(self, records: Sequence[TrialRecord]) -> float | None:

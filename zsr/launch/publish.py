@@ -68,7 +68,7 @@ def sweep_note(results: Results, plan: Plan, compare: str | None) -> str:
 
 def settle_trials(results: Results, plan: Plan, trial_plan: TrialPlan, store: Store) -> None:
     """Give every trial's run its end state, also those that were stopped before they could; deliver what was kept."""
-    states = {"finished": "FINISHED", "pruned": "KILLED", "diverged": "FAILED", "failed": "FAILED"}
+    states = {"finished": "FINISHED", "diverged": "FAILED", "failed": "FAILED", "pruned": "KILLED", "running": "KILLED"}
     for trial in results.trials:
         if trial.state not in states or trial.attempts == 0:
             continue

@@ -59,7 +59,10 @@ def comparison_params(config: RunConfig, swept: Mapping[str, Any]) -> dict[str, 
         "eps": _short(getattr(config.attack, "eps", 0.0)),
     }
     for key, value in swept.items():
-        params[key] = value if isinstance(value, (int, float, str)) else json.dumps(value)
+        if isinstance(value, float):
+            params[key] = f"{value:.4g}"  # a column to read; config.yaml has every digit
+        else:
+            params[key] = value if isinstance(value, (int, str)) else json.dumps(value)
     return params
 
 
