@@ -65,11 +65,34 @@ def test_a_killed_worker_is_survived_from_the_last_checkpoint(config: RunConfig,
     curve = history(tmp_path / "runs/victim/tracking")["val/robust_acc"]
     assert [step for step, _ in curve] == [2, 4, 6, 8]
 
+    # The name stands for the run: starting it again finds it finished.
+    again = run_ray(config, "victim", loop=counting_loop)
+    assert [start["first"] for start in starts(tmp_path)] == [0, 4, 8]
+    assert again.checkpoint is not None
 
-def test_a_finished_run_does_not_train_again(config: RunConfig, tmp_path: Path) -> None:
-    from zsr.launch.train import run_ray
 
-    for _ in range(2):
-        result = run_ray(config, "twice", loop=counting_loop)
-    assert [start["first"] for start in starts(tmp_path)] == [0, 8]
+def test_the_real_loop_trains_on_two_workers_and_its_checkpoint_loads(tmp_path: Path) -> None:
+    from zsr.engine.checkpoint import load_trained
+    from zsr.launch.train import run_name, run_ray
+    from zsr.tracking.spool import history
+
+    small = ["train.max_steps=2", "train.batch_size=8", "train.eval_every=2", "train.log_every=1", "eval.num_samples=8"]
+    config = load_config("demo", [*small, "eval.attack.steps=1", f"launch.storage={tmp_path}", "launch.workers=2"])
+    result = run_ray(config)
+
+    assert result.return_value.metrics["step"] == 2
+    assert 0 <= result.return_value.metrics["val/robust_acc"] <= 1
     assert result.checkpoint is not None
+    _, trained = load_trained(Path(result.checkpoint.path))
+    assert trained.digest() == config.digest()
+    folder = tmp_path / run_name(config) / "tracking"
+    assert [step for step, _ in history(folder)["train/loss"]] == [1, 2]
+    assert (folder / "artifacts/curves.png").exists()
+
+
+def test_settings_that_the_data_contradict_are_said_once_and_not_tried_again(tmp_path: Path) -> None:
+    from zsr.launch.train import RunEndedError, run_ray
+
+    config = load_config("demo", ["train.batch_size=100000", "data.last_batch=drop", "launch.workers=1"])
+    with pytest.raises(RunEndedError, match="batch"):
+        run_ray(config, storage=str(tmp_path))

@@ -18,6 +18,9 @@ from zsr.launch.trials import Stopwatch, TrialBook, TrialRecord, TrialState
 QUIET_S = 15.0
 """Longest silence before a sign of life."""
 
+SILENT_S = 600.0
+"""Time without any report from a trial after which something may be wrong."""
+
 
 class Progress(tune.Callback):
     """Prints trials and writes them down.
@@ -37,7 +40,7 @@ class Progress(tune.Callback):
 
     def _begin(self) -> None:
         self._watch = Stopwatch()
-        self._started = self._spoken = time.monotonic()
+        self._started = self._spoken = self._heard = time.monotonic()
         self._running: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,6 +63,7 @@ class Progress(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
     ) -> None:
+        self._heard = time.monotonic()
         record = self._page(trial)
         measured = dict(result["measured"])
         if not result.get("ended"):
@@ -95,7 +99,9 @@ class Progress(tune.Callback):
         waiting = " ".join(
             f"trial={self._number(trials, name)} for={duration(now - since)}" for name, since in self._running.items()
         )
-        self._say(f"running {waiting} {self._totals()}")
+        silent = now - self._heard > SILENT_S
+        note = " note='no report for long: workers may wait for a place, see `ray status`'" if silent else ""
+        self._say(f"running {waiting} {self._totals()}{note}")
 
     def _end(self, trial: Any, record: TrialRecord, state: TrialState) -> None:
         record.state = state
