@@ -39,10 +39,11 @@ class Results:
 def judge(trials: Sequence[TrialRecord], objectives: Objectives) -> Results:
     """Find the front and the best. A flagged, stopped or failed trial can be neither.
 
-    With one objective the best is the best in it; with several, the one with the largest sum of them.
+    The last objective decides, the others break ties: with clean and robust accuracy the best is the most robust trial,
+    and the front shows what it costs.
     """
     fair = [trial for trial in trials if eligible(trial, objectives)]
-    best = max(fair, key=lambda trial: sum(_signed(trial, objective) for objective in objectives), default=None)
+    best = max(fair, key=lambda trial: [_signed(trial, axis) for axis in reversed(objectives)], default=None)
     return Results(sorted(trials, key=lambda trial: trial.number), pareto_front(fair), best)
 
 
