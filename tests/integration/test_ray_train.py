@@ -16,7 +16,8 @@ from ray_support import counting_loop, local_cluster, starts
 from zsr.config import RunConfig, load_config
 
 ray = pytest.importorskip("ray")
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+# Under a minute on an idle machine; a busy one may take many times that.
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -21,7 +21,9 @@ from zsr.launch.results import judge
 from zsr.launch.sweep import BOTH, ROBUST, Sweep, main
 from zsr.launch.trials import TrialRecord
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+# Under a minute on an idle machine; a busy one may take many times that.
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
+PATIENCE_S = 400
 
 SCRIPT = f"""
 import sys
@@ -56,24 +58,41 @@ class Command:
         self.script = folder / "dummy_sweep.py"
         self.script.write_text(SCRIPT)
         (folder / "diary").mkdir()
+        self._started: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(self.script), f"data.cache_dir={self.folder}/diary", *arguments]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+        self._started.append(process)
+        return process
+
+    def stop(self) -> None:
+        """End what still runs, such as after a failed assertion."""
+        for process in self._started:
+            process.kill()
+            process.wait()
 
     def trials(self) -> dict[int, dict[str, Any]]:
         found = self.folder.glob(".zsr/runs/dummy-*/trials/*.json")
         return {int(path.stem): json.loads(path.read_text()) for path in found}
 
 
-def test_a_killed_sweep_resumes_and_repeats_no_finished_trial(head: dict[str, str], tmp_path: Path) -> None:
+@pytest.fixture
+def command(head: dict[str, str], tmp_path: Path) -> Iterator[Command]:
     command = Command(tmp_path, head)
+    yield command
+    command.stop()
+
+
+def test_a_killed_sweep_resumes_and_repeats_no_finished_trial(
+    command: Command, head: dict[str, str], tmp_path: Path
+) -> None:
     diary = tmp_path / "diary"
     options = ("--workers-per-trial", "1", "--max-concurrent", "1", "--multi-objective")
     driver = command.start(*options)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     # Wait until one trial is finished and the next is in the middle, held there by the file.
     while [trial["state"] for trial in command.trials().values()].count("finished") < 1:
         assert time.monotonic() < deadline, driver.stdout and driver.stdout.read()
@@ -91,7 +110,7 @@ def test_a_killed_sweep_resumes_and_repeats_no_finished_trial(head: dict[str, st
     begun = starts(diary)
 
     resumed = command.start("--resume")
-    output, _ = resumed.communicate(timeout=240)
+    output, _ = resumed.communicate(timeout=PATIENCE_S)
     assert resumed.returncode == 0, output
     after = command.trials()
     assert sorted(after) == [0, 1], output
