@@ -16,10 +16,12 @@ import pytest
 import ray_support
 from ray_support import head_process, starts
 
+from zsr.config import load_config
 from zsr.launch.guard import ZERO_GRAD_LIMIT, honest
 from zsr.launch.results import judge
+from zsr.launch.store import Store
 from zsr.launch.sweep import BOTH, ROBUST, Sweep, main
-from zsr.launch.trials import TrialRecord
+from zsr.launch.trials import TrialBook, TrialRecord
 
 # Under a minute on an idle machine; a busy one may take many times that.
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
@@ -205,6 +207,46 @@ def test_the_front_and_the_best_leave_out_what_cannot_be_believed() -> None:
 )
 def test_the_search_sees_the_worst_for_what_is_not_honest(measured: dict[str, float], seen: float) -> None:
     assert honest(measured, [ROBUST]) == {"val/robust_acc": seen}
+
+
+@pytest.mark.parametrize("metrics", [[ROBUST], list(BOTH)])
+def test_the_search_numbers_trials_and_goes_on_from_its_saved_state(
+    metrics: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    from zsr.launch.drive import close_study, open_study_storage
+    from zsr.launch.search import SweepSearch
+
+    store = Store(str(tmp_path))
+    book, storage = TrialBook(store), open_study_storage(store)
+    base = load_config("demo", ["optim.lr=0.02"])
+    search = SweepSearch(space, base, metrics, storage, "id", 0, book, first=[{"factor": 0.5}])
+    first, second = search.suggest("a"), search.suggest("b")
+    assert first == {"number": 0, "point": {"optim.lr": 0.01}}
+    assert second is not None
+    assert [record.trial_id for record in book.all()] == ["a", "b"]
+
+    search.on_trial_result("a", {"step": 2, "training_iteration": 1})  # a checkpoint without an evaluation
+    search.on_trial_complete("a", {name: 0.4 for name, _ in metrics})
+    search.save(str(tmp_path / "state"))
+    other = SweepSearch(space, base, metrics, open_study_storage(store), "id", 0, book)
+    other.restore(str(tmp_path / "state"))
+    assert other.suggest("b") == second, "a trial that was under way keeps its point"
+    third = other.suggest("c")
+    assert third is not None
+    assert third["number"] == 2
+
+    study = close_study(storage, "id")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "FAIL"]
+
+
+def test_asha_counts_steps_and_lets_full_trials_end_by_themselves() -> None:
+    from ray.tune.schedulers import FIFOScheduler
+
+    from zsr.launch.search import make_scheduler
+
+    asha = make_scheduler([ROBUST], steps=80, grace=0.25, reduction_factor=3)
+    assert (asha._time_attr, asha._max_t) == ("step", 81)
+    assert type(make_scheduler(BOTH, 80, 0.25, 3)) is FIFOScheduler
 
 
 def leftovers(head: dict[str, str]) -> list[str]:

@@ -12,14 +12,13 @@ This is the only module that imports mlflow, and it does so in its thread (the i
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from zsr.engine.protocols import RunStatus
 from zsr.tracking.base import RunIdentity, RunTracker, TrackerConfig, key_text, log
-from zsr.tracking.sender import RejectedError, Sender, deliver
+from zsr.tracking.sender import RejectedError, Sender
 from zsr.tracking.spool import Record, Spool
 
 if TYPE_CHECKING:
@@ -84,31 +83,6 @@ def mlflow_uri(uri: str | None) -> str:
             "or choose tracking.name=jsonl"
         )
     return found
-
-
-def replay(folder: Path, status: RunStatus | None = None) -> bool:
-    """Deliver what is left of a run that is no longer running; return whether all of it arrived.
-
-    Args:
-        folder: the run's folder.
-        status: end state for a run that was stopped before it could record one.
-    """
-    path = folder / SPOOL_NAME
-    if not path.exists():
-        return True
-    spool = Spool(path)
-    try:
-        if status is not None and list(spool.records())[-1]["kind"] != "finish":
-            spool.append({"kind": "finish", "time": int(time.time() * 1000), "status": status})
-        batch = spool.pending(1_000_000)
-        if batch:
-            deliver(RemoteRun(_last_start(spool)), spool, batch)
-        return True
-    except Exception as error:
-        log.warning("tracker undelivered=%d spool=%s problem=%r", spool.num_pending(), path, str(error)[:200])
-        return False
-    finally:
-        spool.close()
 
 
 class RemoteRun:
