@@ -21,7 +21,8 @@ from zsr.engine.protocols import Session, Tracker
 from zsr.launch.services import held, stop_family
 
 # One token for all clusters of this process: Ray reads it once. Left to itself it would write one into the home folder.
-_TOKEN = Path(tempfile.mkdtemp(prefix="zr", dir="/tmp")) / "token"
+_TOKEN_FOLDER = tempfile.TemporaryDirectory(prefix="zr", dir="/tmp")
+_TOKEN = Path(_TOKEN_FOLDER.name) / "token"
 _TOKEN.write_text(secrets.token_hex(32))
 
 
