@@ -32,6 +32,7 @@ def cluster_environment(folder: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(_TOKEN),
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "200",
         "RAY_worker_niceness": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     }
@@ -84,7 +85,7 @@ def head_process(num_cpus: int = 4) -> Iterator[dict[str, str]]:
                 held([str(ray), *command]), env=values, stdout=log, stderr=log, start_new_session=True
             )
         try:
-            _wait_for(lambda: "Ray runtime started" in Path(folder, "head.log").read_text(), 90)
+            _wait_for(lambda: "Ray runtime started" in Path(folder, "head.log").read_text(), 240)
             yield {**values, "RAY_ADDRESS": f"127.0.0.1:{port}"}
         finally:
             stop_family(head.pid, patience_s=5)

@@ -50,9 +50,11 @@ def test_daemons_are_stood_for_by_a_process_that_stays(tmp_path: Path) -> None:
     time.sleep(0.5)
     assert service.alive
     services.stop("x")
-    _, failed = start(tmp_path, held([sys.executable, "-c", "raise SystemExit(3)"]))
+    left = "import subprocess, sys; subprocess.Popen(['sleep', '60']); sys.exit(3)"
+    _, failed = start(tmp_path, held([sys.executable, "-c", left]))
     while failed.alive:
         time.sleep(0.05)
+    assert not [pid for pid in family(failed.pid) if started_at(pid)], "a failed start leaves nothing behind"
 
 
 def test_a_taken_port_is_passed_over() -> None:

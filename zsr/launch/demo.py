@@ -73,13 +73,12 @@ class Demo:
         """Start what is missing and run the sweep."""
         if not (self.root / SWEEP[0]).exists():
             raise ValueError(f"there is no {SWEEP[0]} here; run it in the root of a checkout")
-        ray, mlflow = self.services.get("ray"), self.services.get("mlflow")
-        missing = [name for name, service in (("Ray", ray), ("MLflow", mlflow)) if service is None]
-        if missing:
-            say(f"starting {' and '.join(missing)} on this machine (about {START_S} s)")
-        ray = ray or self._start_ray()  # both start at once; then both are waited for
-        mlflow = mlflow or self._start_mlflow()
-        self._wait_until_up({"Ray": ray, "MLflow": mlflow})
+        try:
+            ray, mlflow = self._start_missing(usual_ports=True)
+        except ChildProcessError:
+            # Most likely somebody took a port between our look and the start.
+            say("a service did not start; once more, on other ports")
+            ray, mlflow = self._start_missing(usual_ports=False)
         say(f"Ray dashboard {ray.address}   MLflow {mlflow.address}")
         say("submitting the sweep: ray job submit --working-dir . -- python " + " ".join([*SWEEP, *arguments]))
         code = self._submit(ray, mlflow, arguments)
@@ -99,12 +98,22 @@ class Demo:
             say(f"{name}: {'not running' if service is None else f'{service.address} (pid {service.pid})'}")
         return 0 if all(found.values()) else 1
 
-    def _start_ray(self) -> Service:
+    def _start_missing(self, usual_ports: bool) -> tuple[Service, Service]:
+        ray, mlflow = self.services.get("ray"), self.services.get("mlflow")
+        missing = [name for name, service in (("Ray", ray), ("MLflow", mlflow)) if service is None]
+        if missing:
+            say(f"starting {' and '.join(missing)} on this machine (about {START_S} s)")
+        ray = ray or self._start_ray(usual_ports)  # both start at once; then both are waited for
+        mlflow = mlflow or self._start_mlflow(usual_ports)
+        self._wait_until_up({"Ray": ray, "MLflow": mlflow})
+        return ray, mlflow
+
+    def _start_ray(self, usual_ports: bool) -> Service:
         self.home.mkdir(exist_ok=True)
         if not self.token.exists():
             self.token.touch(mode=0o600)
             self.token.write_text(secrets.token_hex(32))
-        gcs, dashboard, client = pick_port(6379), pick_port(8265), pick_port(10001)
+        gcs, dashboard, client = (pick_port(port if usual_ports else 0) for port in (6379, 8265, 10001))
         command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--disable-usage-stats"]
         command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
         command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
@@ -120,9 +129,9 @@ class Demo:
             folder=self.home,
         )
 
-    def _start_mlflow(self) -> Service:
+    def _start_mlflow(self, usual_ports: bool) -> Service:
         self.home.mkdir(exist_ok=True)
-        port = pick_port(5000)
+        port = pick_port(5000 if usual_ports else 0)
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.home / 'mlflow.db'}"]
         command += ["--artifacts-destination", str(self.home / "mlflow-artifacts")]
@@ -147,6 +156,7 @@ class Demo:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(START_LIMIT_S),
             # Ray gives its workers low priority; here they are what the machine is for.
             "RAY_worker_niceness": "0",
             "RAY_DISABLE_IMPORT_WARNING": "1",
@@ -162,7 +172,8 @@ class Demo:
                     del waiting[name]
                 elif not service.alive or time.monotonic() - began > START_LIMIT_S:
                     tail = Path(service.log).read_text(errors="replace")[-1500:]
-                    raise TimeoutError(f"{name} did not start; the end of {service.log}:\n{tail}")
+                    problem = TimeoutError if service.alive else ChildProcessError
+                    raise problem(f"{name} did not start; the end of {service.log}:\n{tail}")
             if waiting and time.monotonic() - said > 5:
                 said = time.monotonic()
                 say(f"waiting for {' and '.join(waiting)} ({said - began:.0f} s)")

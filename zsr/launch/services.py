@@ -144,10 +144,11 @@ def held(command: Sequence[str]) -> list[str]:
     """A command whose work is done by daemons that it leaves behind, with a process that stays to stand for them.
 
     ``ray start --block`` would stay too, but it ends the whole head when any helper process ends, even the Ray client
-    server that nobody uses here; on a busy machine that one gives up early.
+    server that nobody uses here; on a busy machine that one gives up early. If the command fails, what it has started
+    goes with it.
     """
-    stay = "import signal, subprocess, sys; code = subprocess.call(sys.argv[1:]); sys.exit(code) if code else signal.pause()"
-    return [sys.executable, "-c", stay, *command]
+    stay = "os.killpg(0, signal.SIGKILL) if subprocess.call(sys.argv[1:]) else signal.pause()"
+    return [sys.executable, "-c", f"import os, signal, subprocess, sys; {stay}", *command]
 
 
 def pick_port(preferred: int) -> int:
