@@ -39,7 +39,7 @@ SWEEP = Sweep(
         "demo": Variant(
             num_trials=4,
             multi_objective=True,
-            step_s=0.5,
+            step_s=1.5,
             test_sets=("zsr:emoji/test_style", "zsr:emoji/test_concepts"),
         )
     },
