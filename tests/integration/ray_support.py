@@ -114,7 +114,8 @@ def _wait_for(ready: Callable[[], bool], seconds: float) -> None:
 def counting_loop(config: RunConfig, session: Session, tracker: Tracker) -> SimpleNamespace:
     """Counts steps, reports every other one, and writes down who did what into the folder that ``data.cache_dir`` names.
 
-    ``optim.lr`` plays the metric. At step 5 a file called ``hang`` makes rank 0 wait, so that a test can kill it.
+    ``optim.lr`` plays the metric. At step 5 a file called ``hang`` makes rank 0 wait, so that a test can kill it;
+    with a text in it, only runs whose id ends so.
     """
     diary = Path(config.data.cache_dir or ".")
     found = session.resume_from()
@@ -137,9 +138,16 @@ def counting_loop(config: RunConfig, session: Session, tracker: Tracker) -> Simp
                 folder.mkdir(exist_ok=True)
                 (folder / "state.json").write_text(json.dumps({"step": step}))
             session.report(metrics, folder)
-        while step == 5 and session.rank == 0 and (diary / "hang").exists():
+        while step == 5 and session.rank == 0 and hangs(diary, tracker.run_id):
             time.sleep(0.1)
     return SimpleNamespace(metrics=metrics)
+
+
+def hangs(diary: Path, run_id: str) -> bool:
+    try:
+        return run_id.endswith((diary / "hang").read_text())
+    except FileNotFoundError:
+        return False
 
 
 def starts(diary: Path) -> list[dict[str, Any]]:

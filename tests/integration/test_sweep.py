@@ -93,14 +93,14 @@ def test_a_killed_sweep_resumes_and_repeats_no_finished_trial(
 ) -> None:
     diary = tmp_path / "diary"
     options = ("--workers-per-trial", "1", "--max-concurrent", "1", "--multi-objective")
+    # One trial finishes; the next one stops in the middle, held there by the file.
+    (diary / "hang").write_text("trial=1")
     driver = command.start(*options)
     deadline = time.monotonic() + PATIENCE_S
-    # Wait until one trial is finished and the next is in the middle, held there by the file.
     while [trial["state"] for trial in command.trials().values()].count("finished") < 1:
         assert time.monotonic() < deadline, driver.stdout and driver.stdout.read()
         assert driver.poll() is None, driver.stdout and driver.stdout.read()
         time.sleep(0.1)
-    (diary / "hang").touch()
     while not any(trial["state"] == "running" and trial["history"] for trial in command.trials().values()):
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -12,7 +12,8 @@ This is the only module that imports mlflow, and it does so in its thread (the i
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -192,12 +193,25 @@ def publish_model(client: MlflowClient, run_id: str, record: Record) -> str:
         number = known[0].version
         client.update_model_version(name, number, record["card"])
     else:
-        source = f"runs:/{run_id}/model"
-        number = client.create_model_version(
-            name, source, run_id, description=record["card"], await_creation_for=0
-        ).version
+        # Of all requests the only one that must not be repeated: a second try would make a second version.
+        with _request_timeout(300):
+            number = client.create_model_version(
+                name, f"runs:/{run_id}/model", run_id, description=record["card"], await_creation_for=0
+            ).version
     client.set_registered_model_alias(name, record["alias"], number)
     return str(number)
+
+
+@contextmanager
+def _request_timeout(seconds: int) -> Iterator[None]:
+    """Let requests take this long; mlflow reads its limit from the environment at each one."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ.get(name)
+    os.environ[name] = str(seconds)
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
 def run_pages(uri: str, experiment: str, key: Mapping[str, str]) -> tuple[str, str] | None:
