@@ -88,8 +88,6 @@ def test_the_free_tests_take_it_up(copy: Path) -> None:
 
 
 def test_a_sweep_takes_it_up(copy: Path) -> None:
-    if not (copy / "sweeps" / "tecoa_sweep.py").is_file():
-        pytest.skip("no sweep files here")
     pytest.importorskip("ray")
     done = run(copy, "sweeps/tecoa_sweep.py", "--dry-run", "--preset", "demo", "objective=mixed")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -71,7 +71,9 @@ class TrainStep:
             seeds: one per sample, for the attack's random start.
             progress: of training, in [0, 1].
         """
-        text_CD = class_embeddings(self.features_CKE, self.model.text_projection)
+        text_CD = self.text0_CD  # a constant unless the text side is tuned
+        if self.objective.tunes_text:
+            text_CD = class_embeddings(self.features_CKE, self.model.text_projection)
         images: dict[View, Tensor] = {"clean": image_BCHW, "frozen_clean": image_BCHW}
 
         def make_view(view: View) -> ImageFeatures:
