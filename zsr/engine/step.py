@@ -14,8 +14,7 @@ from torch import Tensor
 
 from zsr.attacks.base import Attack, AttackResult, input_gradients_only
 from zsr.config.schema import ATTACKS, OBJECTIVES, RunConfig
-from zsr.models import ImageFeatures, RobustCLIP, TextBank, class_embeddings
-from zsr.models.clip import ImageTower
+from zsr.models import ImageFeatures, ImageTower, RobustCLIP, TextBank, class_embeddings
 from zsr.objectives.base import LossOutput, Objective, StepContext, View
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zsr.config.plugins import Plugin, PluginConfig
 from zsr.config.schema import OBJECTIVES
-from zsr.models.clip import ImageFeatures
+from zsr.models.tower import ImageFeatures
 
 View = Literal["adv", "clean", "frozen_adv", "frozen_clean"]
 """``adv``/``clean``: the model on the attacked/original image; ``frozen_*``: the pre-trained image tower on the same."""
