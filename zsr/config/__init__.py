@@ -7,6 +7,7 @@ from zsr.config.overrides import apply_overrides, merge
 from zsr.config.plugins import Plugin, PluginConfig, PluginField, Registry
 from zsr.config.schema import (
     ATTACKS,
+    DEFENSES,
     OBJECTIVES,
     SCHEDULES,
     TRACKERS,
@@ -22,6 +23,7 @@ from zsr.config.schema import (
 
 __all__ = [
     "ATTACKS",
+    "DEFENSES",
     "OBJECTIVES",
     "SCHEDULES",
     "TRACKERS",

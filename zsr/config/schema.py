@@ -15,6 +15,7 @@ OBJECTIVES = Registry("objective", "zsr.objectives")
 ATTACKS = Registry("attack", "zsr.attacks")
 SCHEDULES = Registry("schedule", "zsr.attacks")
 TRACKERS = Registry("tracker", "zsr.tracking")
+DEFENSES = Registry("defense", "zsr.defenses")
 
 Precision = Literal["fp32", "bf16"]
 Count = Annotated[int, Field(ge=1)]
