@@ -33,7 +33,7 @@ from zsr.config.schema import OBJECTIVES
 from zsr.engine.distributed import average_gradients
 from zsr.engine.step import TrainStep
 from zsr.models import ImageFeatures, TextBank, load_model
-from zsr.objectives.base import StepContext
+from zsr.objectives.base import FROZEN_VIEWS, TRAINED_VIEWS, StepContext
 
 torch.set_num_threads(1)
 
@@ -137,15 +137,22 @@ def test_the_attack_loss_is_per_sample_and_follows_a_permutation(tmp_path, name)
         image, tokens = made.image_BCHW[rows], step.objective.needs_tokens
 
         def make_view(view: str) -> ImageFeatures:
-            assert view not in ("adv", "frozen_adv"), "the attack cannot read what it is about to make"
-            tower = step.model.image if view == "clean" else step.frozen
-            return tower(image, tokens)
+            assert view not in ("adv", "start", "frozen_adv"), "the attack cannot read what it is about to make"
+            seen = step.objective.extra_image(image) if view == "extra" else image
+            return (step.frozen if view in FROZEN_VIEWS else step.model.image)(seen, tokens)
 
         ctx = StepContext(
-            made.label_B[rows], step.model.logit_scale, step.text0_CD, step.text0_CD, step.duplicate_CC, make_view, 0.5
+            made.label_B[rows],
+            step.model.logit_scale,
+            step.text0_CD,
+            step.text0_CD,
+            step.duplicate_CC,
+            make_view,
+            0.5,
+            step.extra_text_CD,
         )
         attacked = (image + 0.02).clamp(max=1)
-        return step.objective.attack_loss(ctx, step.model.encode_image(attacked, tokens)).detach()
+        return step.objective.attack_loss(ctx, step.model.encode_image(attacked)).detach()
 
     loss_B = attack_loss(torch.arange(BATCH))
     assert loss_B.shape == (BATCH,) and loss_B.unique().numel() > 1
@@ -235,12 +242,12 @@ def test_encoder_passes_are_those_that_the_cost_says(tmp_path, name, steps):
     made.step.model.open_clip.transformer.register_forward_hook(lambda *_: text_passes.update(["text"]))
     made.run()
     objective = made.step.objective
-    trained, attack = len(objective.views & {"adv", "clean"}), steps if objective.needs_attack else 0
+    trained, attack = len(objective.views & TRAINED_VIEWS), steps if objective.needs_attack else 0
     expected = {
         "student forward": attack + trained,
         "student backward to the input": attack + trained,
         "student backward to the weights": trained and 1,  # autograd adds the views up before the hook sees them
-        "frozen forward": len(objective.views) - trained,
+        "frozen forward": len(objective.views & FROZEN_VIEWS),
     }
     assert dict(passes) == {key: count for key, count in expected.items() if count}
     counted = passes["student forward"] + passes["student backward to the input"] + trained + passes["frozen forward"]

@@ -31,6 +31,18 @@ class ModelConfig(Config):
     """open_clip's pretrained tag, or a weights file, for an architecture name; the other forms bring their weights."""
     fast_attention: bool = True
     """Replace open_clip's attention by an equal, contiguous one (same parameters, same result, fewer copies)."""
+    adapt: Literal["weights", "token_prompt", "pad_prompt"] = "weights"
+    """What fine-tuning changes: the image tower's weights, or a prompt in front of the frozen tower (zsr/models/prompts.py)."""
+    prompt_tokens: Count = 10
+    """Of ``token_prompt``: how many tokens a ViT gets beside its patches."""
+    prompt_pixels: Count = 30
+    """Of ``pad_prompt``: width of the border that is added to the image."""
+    attention_cap: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Most attention that a ViT's image tower may give one key before renormalising; 0 is off (zsr/models/robust_attention.py)."""
+    attention_drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of keys hidden at random from a ViT's image tower whenever it is in eval mode; 0 is off."""
+    expand_text: bool = False
+    """Spread class embeddings out around their mean (LAAT), with the training classes' mean and widest angle."""
 
 
 class DataConfig(Config):
@@ -75,6 +87,9 @@ class TrainConfig(Config):
     """Global batch: it does not change with the number of workers."""
     precision: Precision = "fp32"
     """Of the encoder passes; weights, optimizer and losses stay fp32. There is no fp16: its attack gradients underflow."""
+    cache_frozen: bool = False
+    """Keep what the frozen model gives for a clean image, by sample: one pass less a step from the second epoch on. A resumed
+    run then agrees with the uninterrupted one closely, no longer bit for bit."""
     log_every: Count = 10
     eval_every: CountOrNone = 0
     """Steps between quick evaluations; 0 evaluates once, at the end."""

@@ -135,7 +135,7 @@ class Trainer:
         image_BCHW = batch.image.float() / 255
         seeds = sample_seeds(batch.key, "train", config.seed, self.state.position.epoch)
 
-        output = self.step_fn(image_BCHW, batch.label, seeds, progress)
+        output = self.step_fn(image_BCHW, batch.label, seeds, progress, batch.key)
 
         self.optimizer.zero_grad(set_to_none=True)  # after the attack: no gradient of it may reach the weights
         output.loss.total.backward()

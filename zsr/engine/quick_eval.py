@@ -18,7 +18,7 @@ from zsr.attacks.noise import sample_seeds
 from zsr.data.pipeline import eval_batches, subset_ids
 from zsr.data.shards import ShardSet
 from zsr.engine.distributed import sum_over_ranks
-from zsr.models import RobustCLIP, TextBank, class_embeddings
+from zsr.models import RobustCLIP, TextBank
 
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples to do) on this rank."""
@@ -55,7 +55,7 @@ class ZeroShotHead:
     def __init__(self, model: RobustCLIP, bank: TextBank, class_names: Sequence[str], templates: Sequence[str]) -> None:
         self.model = model
         features_CKE = bank.features(class_names, templates)
-        self.text_CD = class_embeddings(features_CKE, model.text_projection).detach()
+        self.text_CD = model.class_embeddings(features_CKE).detach()
 
     def __call__(self, image_BCHW: Tensor) -> Tensor:
         """Logits ``[B, C]`` of pixels in [0, 1]."""

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from zsr.attacks.base import Attack, AttackResult, input_gradients_only
 from zsr.config.schema import ATTACKS, OBJECTIVES, RunConfig
-from zsr.models import ImageFeatures, ImageTower, RobustCLIP, TextBank, class_embeddings
-from zsr.objectives.base import LossOutput, Objective, StepContext, View
+from zsr.engine.sample_cache import SampleCache
+from zsr.models import ImageFeatures, ImageTower, RobustCLIP, TextBank
+from zsr.objectives.base import FROZEN_VIEWS, LossOutput, Objective, PerSample, StepContext, View
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,30 @@ class TrainStep:
         model.text_projection.requires_grad_(self.objective.tunes_text)
         self.frozen = self._copy_frozen()
         self.features_CKE = bank.features(class_names, templates)
-        self.text0_CD = class_embeddings(self.features_CKE, model.text_projection.detach()).clone()
+        if config.model.expand_text or self.objective.expands_text:
+            model.fit_text_expansion(self.features_CKE)
+        self.text0_CD = self._constant_text(self.features_CKE)
         self.duplicate_CC = duplicates(self.text0_CD)
+        self.extra_text_CD = {
+            name: self._constant_text(bank.features(class_names, [template]))
+            for name, template in self.objective.extra_templates.items()
+        }
+        self._constants: dict[str, Tensor] = {}
+        self._cache = SampleCache() if config.train.cache_frozen and self.frozen is not None else None
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """What the optimizer moves, in a fixed order."""
         return [p for p in (*self.model.image.parameters(), self.model.text_projection) if p.requires_grad]
 
-    def __call__(self, image_BCHW: Tensor, label_B: Tensor, seeds: Sequence[int], progress: float) -> StepOutput:
+    def __call__(
+        self,
+        image_BCHW: Tensor,
+        label_B: Tensor,
+        seeds: Sequence[int],
+        progress: float,
+        keys: Sequence[str] | None = None,
+    ) -> StepOutput:
         """Attack the batch and compute the loss.
 
         Args:
@@ -69,28 +85,55 @@ class TrainStep:
             label_B: class indices.
             seeds: one per sample, for the attack's random start.
             progress: of training, in [0, 1].
+            keys: of the samples, for what is kept by sample; without them nothing is kept.
         """
         text_CD = self.text0_CD  # a constant unless the text side is tuned
         if self.objective.tunes_text:
-            text_CD = class_embeddings(self.features_CKE, self.model.text_projection)
+            text_CD = self.model.class_embeddings(self.features_CKE)
         images: dict[View, Tensor] = {"clean": image_BCHW, "frozen_clean": image_BCHW}
+        if "extra" in self.objective.views:
+            images["extra"] = self.objective.extra_image(image_BCHW)
 
         def make_view(view: View) -> ImageFeatures:
             assert view in self.objective.views, f"{self.objective.config.name} reads {view} without declaring it"
             tokens = self.objective.needs_tokens
-            if view in ("adv", "clean"):
-                return self.model.encode_image(images[view], tokens)
-            assert self.frozen is not None
-            with torch.no_grad():
-                features: ImageFeatures = self.frozen(images[view], tokens)
-            return features
+            if view in FROZEN_VIEWS:
+                return self._see_frozen(images[view], tokens)
+            if view == "start":
+                # Normally the attack has left it; an attack without a step sees nothing.
+                with torch.no_grad(), input_gradients_only(self.model.image):
+                    return self.model.encode_image(image_BCHW, tokens)
+            assert not attacking, f"{self.objective.config.name} reads {view} in its attack: name it in attack_views"
+            return self.model.encode_image(images[view], tokens)
+
+        def cached_per_sample(name: str, of: PerSample) -> Tensor:
+            assert self._cache is not None
+            assert keys is not None
+            tokens = self.objective.needs_tokens
+            return self._cache.get(
+                name, keys, lambda rows: of(self._see_frozen(image_BCHW[rows], tokens), label_B[rows])
+            )
 
         ctx = StepContext(
-            label_B, self.model.logit_scale, text_CD, self.text0_CD, self.duplicate_CC, make_view, progress
+            label_B,
+            self.model.logit_scale,
+            text_CD,
+            self.text0_CD,
+            self.duplicate_CC,
+            make_view,
+            progress,
+            self.extra_text_CD,
+            self._constants,
+            None if self._cache is None or keys is None else cached_per_sample,
         )
         scalars: dict[str, Tensor] = {}
+        attacking = False
         if self.objective.needs_attack:
+            for view in sorted(self.objective.attack_views):
+                getattr(ctx, view)
+            attacking = True
             attacked = self._attack(ctx, image_BCHW, seeds, progress)
+            attacking = False
             images["adv"] = images["frozen_adv"] = attacked.image_BCHW
             scalars["train/zero_grad_frac"] = attacked.zero_grad_B.double().mean()
         loss = self.objective.loss(ctx)
@@ -102,18 +145,29 @@ class TrainStep:
                 scalars[name] = (ctx.logits(embed_BD).argmax(-1) == label_B).double().mean()
         return StepOutput(loss, scalars)
 
-    def _attack(self, ctx: StepContext, image_BCHW: Tensor, seeds: Sequence[int], progress: float) -> AttackResult:
-        tokens = self.objective.needs_tokens
+    def _see_frozen(self, image_BCHW: Tensor, tokens: bool) -> ImageFeatures:
+        assert self.frozen is not None
+        with torch.no_grad():
+            features: ImageFeatures = self.frozen(image_BCHW, tokens)
+        return features
 
+    @torch.no_grad()
+    def _constant_text(self, features_CKE: Tensor) -> Tensor:
+        return self.model.class_embeddings(features_CKE).clone()
+
+    def _attack(self, ctx: StepContext, image_BCHW: Tensor, seeds: Sequence[int], progress: float) -> AttackResult:
         def loss(image_BCHW: Tensor) -> Tensor:
-            return self.objective.attack_loss(ctx, self.model.encode_image(image_BCHW, tokens))
+            features = self.model.encode_image(image_BCHW)
+            if "start" in self.objective.views:
+                ctx.keep_start(features)
+            return self.objective.attack_loss(ctx, features)
 
         modules = [self.model.image] if self.frozen is None else [self.model.image, self.frozen]
         with input_gradients_only(*modules):
             return self.attack.perturb(loss, image_BCHW, seeds, progress)
 
     def _copy_frozen(self) -> ImageTower | None:
-        if not self.objective.views & {"frozen_adv", "frozen_clean"}:
+        if not self.objective.views & FROZEN_VIEWS:
             return None
         frozen = copy.deepcopy(self.model.image)
         frozen.requires_grad_(False)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zsr.config.plugins import suggest
 from zsr.config.schema import ModelConfig, Precision
+from zsr.models.anchors import class_embeddings, expand, fit_expansion
 from zsr.models.attention import use_fast_attention
 from zsr.models.tower import ImageFeatures, ImageTower
 
@@ -40,6 +41,8 @@ class RobustCLIP(nn.Module):
     """
 
     logit_scale: Tensor
+    anchor_mean: Tensor | None
+    anchor_angle: Tensor | None
 
     def __init__(
         self,
@@ -65,6 +68,9 @@ class RobustCLIP(nn.Module):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.text_projection = nn.Parameter(_text_projection(model).clone(), requires_grad=False)
+        # LAAT's expansion of class embeddings, fitted on the training classes; None where the run has none.
+        self.register_buffer("anchor_mean", None, persistent=False)
+        self.register_buffer("anchor_angle", None, persistent=False)
         self.register_buffer("logit_scale", model.logit_scale.detach().exp().reshape(()).clone(), persistent=False)
         for parameter in self.image.parameters():
             parameter.requires_grad_(True)
@@ -73,6 +79,22 @@ class RobustCLIP(nn.Module):
         """See :meth:`ImageTower.forward`."""
         features: ImageFeatures = self.image(image_BCHW, tokens=tokens)
         return features
+
+    def class_embeddings(self, features_CKE: Tensor) -> Tensor:
+        """Unit class embeddings ``[C, D]`` of cached prompt features, with the text side as it is now; differentiable."""
+        text_CD = class_embeddings(features_CKE, self.text_projection)
+        if self.anchor_mean is None or self.anchor_angle is None:
+            return text_CD
+        return expand(text_CD, self.anchor_mean, self.anchor_angle)
+
+    @torch.no_grad()
+    def fit_text_expansion(self, features_CKE: Tensor) -> None:
+        """Spread class embeddings out from now on, around the mean of these classes (zsr/models/anchors.py).
+
+        Raises:
+            ValueError: the classes have one embedding between them.
+        """
+        self.anchor_mean, self.anchor_angle = fit_expansion(class_embeddings(features_CKE, self.text_projection))
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], chunk: int = 256) -> Tensor:
@@ -98,7 +120,10 @@ class RobustCLIP(nn.Module):
     def trained_state(self) -> dict[str, Tensor]:
         """Everything fine-tuning can change, by name; what a checkpoint stores."""
         state = {f"visual.{name}": value for name, value in self.image.visual.state_dict().items()}
-        return state | {"text_projection": self.text_projection.detach()}
+        state |= {"text_projection": self.text_projection.detach()}
+        if self.anchor_mean is not None and self.anchor_angle is not None:
+            state |= {"anchor_mean": self.anchor_mean, "anchor_angle": self.anchor_angle}
+        return state
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
         """Take over what :meth:`trained_state` gave.
@@ -106,6 +131,8 @@ class RobustCLIP(nn.Module):
         Raises:
             ValueError: names or shapes are those of another model.
         """
+        for name in ("anchor_mean", "anchor_angle"):
+            setattr(self, name, state[name].to(self.text_projection.device).clone() if name in state else None)
         mine = self.trained_state()
         wrong = sorted(set(mine) ^ set(state)) or [name for name in mine if mine[name].shape != state[name].shape]
         if wrong:

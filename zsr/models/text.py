@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -82,15 +81,3 @@ class TextBank:
         unfinished = self._cache_dir / f".{key}.{id(self)}.part"
         save_file({"features": features.cpu().contiguous()}, unfinished)
         unfinished.replace(self._cache_dir / f"{key}.safetensors")  # another process may write the same: last one wins
-
-
-def class_embeddings(features_CKE: Tensor, projection_ED: Tensor) -> Tensor:
-    """Unit class embeddings ``[C, D]``: each prompt projected and normalised, templates averaged, normalised again.
-
-    This is CLIP's prompt ensemble; with one template it is the plain unit embedding. Float32 whatever comes in, and
-    float64 stays float64 (the numerics tests use it).
-    """
-    prompt_CKD = F.normalize(features_CKE @ projection_ED, dim=-1)
-    if prompt_CKD.shape[1] == 1:
-        return prompt_CKD[:, 0]
-    return F.normalize(prompt_CKD.mean(dim=1), dim=-1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,16 @@ from zsr.config.plugins import Plugin, PluginConfig
 from zsr.config.schema import OBJECTIVES
 from zsr.models.tower import ImageFeatures
 
-View = Literal["adv", "clean", "frozen_adv", "frozen_clean"]
-"""``adv``/``clean``: the model on the attacked/original image; ``frozen_*``: the pre-trained image tower on the same."""
+View = Literal["adv", "clean", "extra", "start", "frozen_adv", "frozen_clean"]
+"""``adv``/``clean``: the model on the attacked/original image; ``extra``: the model on an image that the objective makes of
+the original (:meth:`Objective.extra_image`); ``frozen_*``: the pre-trained image tower. ``start`` is the model on the
+attack's starting point, a constant that the attack computes anyway and that costs nothing."""
+
+TRAINED_VIEWS: frozenset[View] = frozenset({"adv", "clean", "extra"})
+FROZEN_VIEWS: frozenset[View] = frozenset({"frozen_adv", "frozen_clean"})
+
+PerSample = Callable[[ImageFeatures, Tensor], Tensor]
+"""The frozen model's features of some clean images and their labels ``[B]`` to one row for each image, ``[B, ...]``."""
 
 
 @dataclass
@@ -36,6 +44,8 @@ class StepContext:
         text0_CD: the same before any tuning; constant.
         duplicate_CC: True where two different classes have the same prompt, so that neither can be told from the other.
         progress: of training, in [0, 1].
+        extra_text_CD: constant unit class embeddings of :attr:`Objective.extra_templates`, by their names.
+        constants: what :meth:`constant` keeps; the engine hands the same mapping to every step.
     """
 
     label_B: Tensor
@@ -45,6 +55,9 @@ class StepContext:
     duplicate_CC: Tensor
     make_view: Callable[[View], ImageFeatures]
     progress: float = 0.0
+    extra_text_CD: Mapping[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    cached_per_sample: Callable[[str, PerSample], Tensor] | None = None
     _views: dict[View, ImageFeatures] = field(default_factory=dict)
 
     @property
@@ -56,6 +69,14 @@ class StepContext:
         return self._view("clean")
 
     @property
+    def extra(self) -> ImageFeatures:
+        return self._view("extra")
+
+    @property
+    def start(self) -> ImageFeatures:
+        return self._view("start")
+
+    @property
     def frozen_adv(self) -> ImageFeatures:
         return self._view("frozen_adv")
 
@@ -63,9 +84,35 @@ class StepContext:
     def frozen_clean(self) -> ImageFeatures:
         return self._view("frozen_clean")
 
+    @property
+    def frozen_clean_embed_BD(self) -> Tensor:
+        """The frozen model's unit embeddings of the clean images, kept by sample where the run keeps them."""
+        return self.per_sample("embed", lambda features, _: features.embed_BD)
+
+    def per_sample(self, name: str, of: PerSample) -> Tensor:
+        """A constant of each sample, ``[B, ...]``: ``of(frozen clean features, labels)``.
+
+        Prefer it to ``frozen_clean``: with ``train.cache_frozen`` the rows are kept by sample key under ``name``, and from
+        the second epoch on neither ``of`` nor the frozen tower runs.
+        """
+        if self.cached_per_sample is not None:
+            return self.cached_per_sample(name, of)
+        return of(self.frozen_clean, self.label_B)
+
+    def constant(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A constant of the run, made at the first step that asks for it."""
+        if name not in self.constants:
+            self.constants[name] = make().detach()
+        return self.constants[name]
+
     def logits(self, embed_BD: Tensor, text_CD: Tensor | None = None) -> Tensor:
         """Zero-shot logits ``scale * cosine``, ``[B, C]``; text is a constant here unless given."""
         return self.scale * embed_BD @ (self.text_CD.detach() if text_CD is None else text_CD).T
+
+    def keep_start(self, features: ImageFeatures) -> None:
+        """Take the attack's first pass as view ``start``; later passes change nothing."""
+        if "start" not in self._views:
+            self._views["start"] = ImageFeatures(features.embed_BD.detach(), features.raw_BD.detach())
 
     def _view(self, name: View) -> ImageFeatures:
         if name not in self._views:
@@ -97,14 +144,16 @@ class Objective(Plugin[ObjectiveT]):
     """Base of all objectives. Subclassing with a config registers the objective under its config's name.
 
     Attributes:
-        needs_tokens: whether views carry projected patch tokens.
+        needs_tokens: whether views carry projected patch tokens; the attack's own passes never do.
+        uses_labels: whether the loss or the attack reads ``label_B``; without, the training set needs no labels.
         tecoa_settings: settings at which the objective equals TeCoA exactly, or None if there are none; the free tests
             check it.
     """
 
     registry = OBJECTIVES
     needs_tokens: ClassVar[bool] = False
-    tecoa_settings: ClassVar[dict[str, float] | None] = None
+    uses_labels: ClassVar[bool] = True
+    tecoa_settings: ClassVar[dict[str, Any] | None] = None
 
     @property
     def views(self) -> frozenset[View]:
@@ -112,19 +161,38 @@ class Objective(Plugin[ObjectiveT]):
         return frozenset({"adv"})
 
     @property
+    def attack_views(self) -> frozenset[View]:
+        """Trained views that :meth:`attack_loss` reads; made, with their graph, before the attack. Frozen ones need no
+        mention."""
+        return frozenset()
+
+    @property
     def tunes_text(self) -> bool:
         """Whether the text tower's last projection is trained."""
         return False
 
     @property
+    def expands_text(self) -> bool:
+        """Whether class embeddings are spread out by LAAT's expansion (zsr/models/anchors.py), here and in evaluation."""
+        return False
+
+    @property
+    def extra_templates(self) -> Mapping[str, str]:
+        """Further prompts with ``{}`` for the class name, by a name of the objective's choice."""
+        return {}
+
+    @property
     def needs_attack(self) -> bool:
-        return bool(self.views & {"adv", "frozen_adv"})
+        return bool(self.views & {"adv", "start", "frozen_adv"})
 
     def cost_units(self, attack_steps: int) -> int:
         """Image-encoder passes of one step: two per attack step, three per trained view, one per frozen view."""
-        trained = self.views & {"adv", "clean"}
         attack = 2 * attack_steps if self.needs_attack else 0
-        return attack + 3 * len(trained) + len(self.views - trained)
+        return attack + 3 * len(self.views & TRAINED_VIEWS) + len(self.views & FROZEN_VIEWS)
+
+    def extra_image(self, image_BCHW: Tensor) -> Tensor:
+        """The image of view ``extra``: pixels in [0, 1] to pixels in [0, 1], same shape."""
+        raise TypeError(f"{type(self).__name__} reads the view 'extra' without making its image")
 
     def attack_loss(self, ctx: StepContext, features: ImageFeatures) -> Tensor:
         """What the training attack maximises, per sample ``[B]``; plain cross-entropy, as the evaluation's attack."""
@@ -133,6 +201,11 @@ class Objective(Plugin[ObjectiveT]):
     def loss(self, ctx: StepContext) -> LossOutput:
         """What training minimises."""
         raise TypeError(f"{type(self).__name__} has no loss")
+
+
+def weighted_sum(weights: Mapping[str, float], terms: Mapping[str, Tensor]) -> Tensor:
+    """``sum_i weights[i] * terms[i]`` over the terms, in their order."""
+    return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
 
 def kl_divergence(target_logits_BC: Tensor, logits_BC: Tensor, temperature: float = 1.0) -> Tensor:

@@ -11,7 +11,7 @@ fp32 or bf16 with a summed loss, not in fp16; selection never sees a test set.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 
@@ -23,7 +23,7 @@ class TecoaConfig(ObjectiveConfig):
 
 
 class Tecoa(Objective[TecoaConfig]):
-    tecoa_settings: ClassVar[dict[str, float] | None] = {}
+    tecoa_settings: ClassVar[dict[str, Any] | None] = {}
 
     def loss(self, ctx: StepContext) -> LossOutput:
         cross_entropy = F.cross_entropy(ctx.logits(ctx.adv.embed_BD), ctx.label_B)

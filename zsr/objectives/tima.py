@@ -22,7 +22,7 @@ transfers to unseen class names.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,7 @@ class TimaConfig(ObjectiveConfig):
 
 
 class Tima(Objective[TimaConfig]):
-    tecoa_settings: ClassVar[dict[str, float] | None] = {
+    tecoa_settings: ClassVar[dict[str, Any] | None] = {
         "weight_tam": 1.0,
         "weight_takd": 0.0,
         "weight_mhe": 0.0,
