@@ -1,1 +1,1 @@
-"""What is done at test time. The room is built; its first defence, TTC, is still to move in."""
+"""What is done at test time: defences that change an image before it is classified."""
