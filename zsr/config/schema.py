@@ -38,9 +38,9 @@ class ModelConfig(Config):
     prompt_pixels: Count = 30
     """Of ``pad_prompt``: width of the border that is added to the image."""
     attention_cap: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Most attention that a ViT's image tower may give one key before renormalising; 0 is off (zsr/models/robust_attention.py)."""
+    """RAM (zsr/models/robust_attention.py): most weight that the image tower's attention may give one key; 0 is off."""
     attention_drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of keys hidden at random from a ViT's image tower whenever it is in eval mode; 0 is off."""
+    """RAM: share of keys hidden at random in each attention of the image tower in eval mode; 0 is off."""
     expand_text: bool = False
     """Spread class embeddings out around their mean (LAAT), with the training classes' mean and widest angle."""
 
