@@ -1,28 +1,27 @@
 """Objectives against their formulas, written again from the published mathematics in plain float64 loops.
 
-The reference side of every comparison uses Python floats and ``math`` alone: loops over samples and classes, and
-central differences for gradients. B images, C classes, D embedding width.
+This file: TeCoA, plain fine-tuning and TIMA; the others have files beside it, and tests/formula.py says how. B images, C
+classes, D embedding width.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 import torch
+from formula import Bench, Matrix, assert_close, dot, slopes, softmax, unit_rows
 from torch import Tensor
 
 from zsr.config.schema import OBJECTIVES
-from zsr.models.clip import ImageFeatures
+from zsr.models import ImageFeatures
 from zsr.objectives.base import StepContext
 
 torch.set_num_threads(1)
 
-Vector = list[float]
-Matrix = list[Vector]
 B, C, D = 5, 6, 4
 SCALE = 7.5
 
@@ -41,62 +40,21 @@ class Case:
     twins: frozenset[tuple[int, int]] = frozenset({(2, 5), (5, 2)})
 
 
-def unit_rows(num: int, seed: int) -> Matrix:
-    rows = torch.randn(num, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return [[value / math.sqrt(sum(v * v for v in row)) for value in row] for row in rows.tolist()]
-
-
 def make_case() -> Case:
-    case = Case(*(unit_rows(B, seed) for seed in range(4)), text=unit_rows(C, 5), text0=unit_rows(C, 6))
+    case = Case(*(unit_rows(B, D, seed) for seed in range(4)), text=unit_rows(C, D, 5), text0=unit_rows(C, D, 6))
     case.text[5], case.text0[5] = list(case.text[2]), list(case.text0[2])
     return case
-
-
-# The objective under test, on a context made by hand.
 
 
 def run_objective(
     name: str, settings: dict[str, object], case: Case
 ) -> tuple[float, dict[str, float], dict[str, Matrix]]:
     """Loss, terms, and gradients with respect to the trained views' embeddings and to the class embeddings."""
-    objective = OBJECTIVES.build(OBJECTIVES.config_class(name).model_validate({"name": name, **settings}))
-    constants = ("frozen_adv", "frozen_clean", "text0")  # the engine makes these without a graph
-    leaves = {
-        name: torch.tensor(getattr(case, name), dtype=torch.float64, requires_grad=name not in constants)
-        for name in ("adv", "clean", "text", *constants)
-    }
-    twins = torch.zeros(C, C, dtype=torch.bool)
-    for i, j in case.twins:
-        twins[i, j] = True
-    ctx = StepContext(
-        label_B=torch.tensor(case.label),
-        scale=torch.tensor(SCALE, dtype=torch.float64),
-        text_CD=leaves["text"],
-        text0_CD=leaves["text0"],
-        duplicate_CC=twins,
-        make_view=lambda view: ImageFeatures(leaves[view], leaves[view]),
-    )
-    output = objective.loss(ctx)
-    output.total.backward()
-    gradients = {
-        name: ([[0.0] * D] * len(x) if x.grad is None else x.grad.tolist())
-        for name, x in leaves.items()
-        if x.requires_grad
-    }
-    return output.total.item(), {name: term.item() for name, term in output.terms.items()}, gradients
+    rows = {key: getattr(case, key) for key in ("adv", "clean", "frozen_adv", "frozen_clean", "text", "text0")}
+    return Bench(name, settings, rows, case.label, scale=SCALE, twins=case.twins).loss()
 
 
 # The formulas.
-
-
-def dot(a: Sequence[float], b: Sequence[float]) -> float:
-    return math.fsum(x * y for x, y in zip(a, b, strict=True))
-
-
-def softmax(values: Vector) -> Vector:
-    top = max(values)
-    exponentials = [math.exp(value - top) for value in values]
-    return [value / math.fsum(exponentials) for value in exponentials]
 
 
 def cross_entropy(images: Matrix, text: Matrix, label: list[int], margin: Callable[[int, int], float]) -> float:
@@ -159,30 +117,6 @@ def tima_terms(case: Case, *, adv: Matrix, clean: Matrix, text: Matrix, o: dict[
         "mhe": energy(text, case.twins, o["mhe_form"], o["mhe_power"]),
         "iakd": distillation(case.frozen_clean, case.text0, case.frozen_clean, text, tau),
     }
-
-
-def slopes(function: Callable[[Matrix], float], at: Matrix) -> Matrix:
-    """Central differences, extrapolated twice (Romberg): error of order h^6."""
-
-    def difference(row: int, column: int, h: float) -> float:
-        values = []
-        for shift in (h, -h):
-            moved = [list(vector) for vector in at]
-            moved[row][column] += shift
-            values.append(function(moved))
-        return (values[0] - values[1]) / (2 * h)
-
-    def slope(row: int, column: int, h: float = 4e-3) -> float:
-        wide, half, quarter = (difference(row, column, h / k) for k in (1, 2, 4))
-        first, second = (4 * half - wide) / 3, (4 * quarter - half) / 3
-        return (16 * second - first) / 15
-
-    return [[slope(row, column) for column in range(len(at[0]))] for row in range(len(at))]
-
-
-def assert_close(found: Matrix, expected: Matrix, tolerance: float) -> None:
-    worst = max(abs(a - b) for row, other in zip(found, expected, strict=True) for a, b in zip(row, other, strict=True))
-    assert worst < tolerance, f"gradients differ by {worst:.2e}"
 
 
 # The comparisons.
@@ -280,7 +214,7 @@ def test_equal_prompts_take_no_part_in_the_energy_or_the_margin(form):
 def test_one_or_two_classes_give_finite_values(num_classes, form):
     from zsr.objectives.tima import adaptive_margin, hyperspherical_energy
 
-    text = torch.tensor(unit_rows(num_classes, 0), requires_grad=True)
+    text = torch.tensor(unit_rows(num_classes, D, 0), requires_grad=True)
     no_twins = torch.zeros(num_classes, num_classes, dtype=torch.bool)
     value = hyperspherical_energy(text, ~torch.eye(num_classes, dtype=torch.bool), form, 2.0)
     assert torch.isfinite(torch.autograd.grad(value, text)[0]).all()
@@ -291,7 +225,7 @@ def test_one_or_two_classes_give_finite_values(num_classes, form):
 def test_the_energy_stays_finite_in_float32_where_classes_nearly_coincide(power):
     from zsr.objectives.tima import hyperspherical_energy
 
-    text = torch.tensor(unit_rows(C, 0), dtype=torch.float32)
+    text = torch.tensor(unit_rows(C, D, 0), dtype=torch.float32)
     text[1] = text[0]
     text[2] = torch.nn.functional.normalize(text[0] + 1e-6, dim=0)
     text.requires_grad_(True)
@@ -319,8 +253,8 @@ def test_the_bounded_energy_refuses_a_power_that_makes_it_constant():
 
 
 def test_logits_pass_no_gradient_to_text_unless_text_is_given():
-    text = torch.tensor(unit_rows(C, 0), requires_grad=True)
-    embed = torch.tensor(unit_rows(B, 1), requires_grad=True)
+    text = torch.tensor(unit_rows(C, D, 0), requires_grad=True)
+    embed = torch.tensor(unit_rows(B, D, 1), requires_grad=True)
     same = torch.zeros(C, C, dtype=torch.bool)
     ctx = StepContext(torch.zeros(B).long(), torch.tensor(SCALE), text, text.detach(), same, lambda view: None)
     ctx.logits(embed).sum().backward()
@@ -334,10 +268,10 @@ def test_each_view_is_made_at_most_once_and_only_if_read():
 
     def make_view(view):
         made.append(view)
-        embed = torch.tensor(unit_rows(B, 1), dtype=torch.float64)
+        embed = torch.tensor(unit_rows(B, D, 1), dtype=torch.float64)
         return ImageFeatures(embed, embed)
 
-    text = torch.tensor(unit_rows(C, 0), dtype=torch.float64)
+    text = torch.tensor(unit_rows(C, D, 0), dtype=torch.float64)
     ctx = StepContext(torch.zeros(B).long(), torch.tensor(1.0), text, text, torch.zeros(C, C).bool(), make_view)
     assert ctx.adv is ctx.adv and ctx.frozen_clean is ctx.frozen_clean
     assert made == ["adv", "frozen_clean"]
