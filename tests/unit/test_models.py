@@ -442,11 +442,3 @@ def test_trained_state_returns_to_a_fresh_model_and_fits_no_other(tmp_path):
 def test_a_model_that_cannot_be_had_is_an_error_in_a_sentence(options, says):
     with pytest.raises(ValueError, match=says):
         load_model(ModelConfig(**options))
-
-
-def test_tokens_of_a_tower_without_patches_are_an_error_in_a_sentence(tmp_path):
-    model, _ = load_both(tmp_path, "resnet")
-    assert not model.image.has_tokens
-    assert model.encode_image(make_pixels()).tokens_BPD is None
-    with pytest.raises(ValueError, match="ModifiedResNet has no patch tokens; choose a ViT"):
-        model.encode_image(make_pixels(), tokens=True)

@@ -1,6 +1,6 @@
 """The image tower: pixels in [0, 1] to embeddings and projected patch tokens, from one forward pass.
 
-Shapes: B images, D embedding width, E width inside the tower, P patches, H x W pixels.
+Shapes: B images, D embedding width, E width inside the tower, L tokens of a sequence, P patches, H x W pixels.
 """
 
 from __future__ import annotations
@@ -22,16 +22,32 @@ class ImageFeatures:
     Attributes:
         embed_BD: unit embeddings, float32.
         raw_BD: the same before normalisation, float32.
-        tokens_BPD: projected patch tokens, not normalised, float32; None unless asked for.
+        tokens_BPD: projected patch tokens, not normalised, float32, row by row of the tower's map; None unless asked for.
+        class_token_BD: the projected class token, not normalised, float32; None unless tokens were asked of a tower that
+            has one. Where the class token is what is pooled, this is ``raw_BD``.
+        grid: rows and columns of the map of patches, rows x columns = P; (0, 0) unless tokens were asked for.
     """
 
     embed_BD: Tensor
     raw_BD: Tensor
     tokens_BPD: Tensor | None = None
+    class_token_BD: Tensor | None = None
+    grid: tuple[int, int] = (0, 0)
 
 
 class ImageTower(nn.Module):
-    """Pixels in [0, 1] to embeddings: normalisation, open_clip's visual tower, projection of patch tokens."""
+    """Pixels in [0, 1] to embeddings: normalisation, open_clip's visual tower, projection of patch tokens.
+
+    A patch token is what the embedding would be if the tower pooled that place alone:
+
+    - ViT: the last block's token, with the final norm and the projection that the pooled token gets.
+    - ResNet: the last feature, with the attention pool's value and output projections (MaskCLIP, Zhou et al., ECCV 2022,
+      arXiv 2112.01071, section 3.2). As there, without the pool's position embedding.
+
+    Attributes:
+        grid: rows and columns of the map of patches, at the model's image size; (0, 0) where there are no tokens.
+        tokens_missing: why this tower has no patch tokens, a sentence; empty where it has.
+    """
 
     mean: Tensor
     std: Tensor
@@ -42,12 +58,15 @@ class ImageTower(nn.Module):
         super().__init__()
         self.visual = visual
         self.precision = precision
-        self.has_tokens = type(visual).__name__ == "VisionTransformer" and getattr(visual, "attn_pool", None) is None
-        if self.has_tokens:
-            # The tower then returns (pooled, patch tokens) from one pass; the tokens are a view, they cost nothing.
-            cast(Any, visual).output_tokens = True
+        self.is_vit, self.is_resnet = _family(visual)
+        self.tokens_missing = "" if self.is_resnet else _why_no_tokens(visual, self.is_vit)
+        self.grid = (0, 0) if self.tokens_missing else _grid(visual)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def has_tokens(self) -> bool:
+        return not self.tokens_missing
 
     def forward(self, image_BCHW: Tensor, tokens: bool = False) -> ImageFeatures:
         """Encode images.
@@ -59,22 +78,81 @@ class ImageTower(nn.Module):
         Raises:
             ValueError: tokens were asked of a tower that has none.
         """
-        if tokens and not self.has_tokens:
-            raise ValueError(
-                f"{type(self.visual).__name__} has no patch tokens; choose a ViT without attention pooling, or an "
-                "objective that needs none"
-            )
-        bf16 = self.precision == "bf16"
-        with torch.autocast(image_BCHW.device.type, torch.bfloat16, enabled=bf16):
-            out = self.visual((image_BCHW - self.mean) / self.std)
-            raw, patches = out if self.has_tokens else (out, None)
-            tokens_BPD = self._project(patches) if tokens and patches is not None else None
-        raw = raw.float()
-        return ImageFeatures(F.normalize(raw, dim=-1), raw, None if tokens_BPD is None else tokens_BPD.float())
+        if tokens and self.tokens_missing:
+            raise ValueError(self.tokens_missing)
+        encode = self._encode_vit if self.is_vit else self._encode_resnet if self.is_resnet else self._encode_other
+        with torch.autocast(image_BCHW.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            raw_BD, class_BD, tokens_BPD = encode((image_BCHW - self.mean) / self.std, tokens)
+        raw_BD = raw_BD.float()
+        embed_BD = F.normalize(raw_BD, dim=-1)
+        if tokens_BPD is None:
+            return ImageFeatures(embed_BD, raw_BD)
+        return ImageFeatures(
+            embed_BD, raw_BD, tokens_BPD.float(), None if class_BD is None else class_BD.float(), self.grid
+        )
 
-    def _project(self, patches_BPE: Tensor) -> Tensor:
-        """Give patch tokens what the pooled token gets: the final norm (if pooling came before it) and projection."""
+    def _encode_vit(self, input_BCHW: Tensor, tokens: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """open_clip's own stages, one by one: what the last block gives is needed for tokens."""
         visual = cast(Any, self.visual)
-        if visual.final_ln_after_pool:
-            patches_BPE = visual.ln_post(patches_BPE)
-        return patches_BPE if visual.proj is None else patches_BPE @ visual.proj
+        x_BLE = visual.transformer(visual._embeds(input_BCHW))
+        raw_BD = self._project(visual._pool(x_BLE)[0])
+        if not tokens:
+            return raw_BD, None, None
+        # The final norm works on each token by itself, so before or after pooling is the same for a single one.
+        all_BLD = self._project(visual.ln_post(x_BLE))
+        num_leading = all_BLD.shape[1] - self.grid[0] * self.grid[1]  # class token
+        class_BD = None if num_leading == 0 else raw_BD if visual.pool_type == "tok" else all_BLD[:, 0]
+        return raw_BD, class_BD, all_BLD[:, num_leading:]
+
+    def _encode_resnet(self, input_BCHW: Tensor, tokens: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        visual = cast(Any, self.visual)
+        x_BEhw = input_BCHW
+        for stage in (visual.stem, visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+            x_BEhw = stage(x_BEhw)
+        pool = visual.attnpool
+        raw_BD = pool(x_BEhw)
+        return raw_BD, None, pool.c_proj(pool.v_proj(x_BEhw.flatten(2).transpose(1, 2))) if tokens else None
+
+    def _encode_other(self, input_BCHW: Tensor, tokens: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.visual(input_BCHW), None, None
+
+    def _project(self, x: Tensor) -> Tensor:
+        proj = cast(Any, self.visual).proj
+        return x if proj is None else x @ proj
+
+
+def _family(visual: nn.Module) -> tuple[bool, bool]:
+    """Whether this is open_clip's ViT, and whether it is its ResNet."""
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.transformer import VisionTransformer
+
+    return isinstance(visual, VisionTransformer), isinstance(visual, ModifiedResNet)
+
+
+def _why_no_tokens(visual: Any, is_vit: bool) -> str:
+    """Why the tower, no ResNet, has no patch tokens; empty if it has."""
+    way_out = "choose a ViT with class-token or average pooling, or an objective that needs no patch tokens"
+    if not is_vit:
+        return (
+            f"this image tower ({type(visual).__name__}) pools inside a library that gives out no patch tokens in the "
+            f"space of its embeddings; {way_out}"
+        )
+    if visual.attn_pool is not None or visual.pool_type not in ("tok", "avg"):
+        return (
+            "this image tower pools its patches by attention with queries of their own, so no patch has a place in the "
+            f"space of its embeddings; {way_out}"
+        )
+    share = getattr(visual.patch_dropout, "prob", 0.0)
+    if share:
+        return (
+            f"this image tower leaves out patches at random in training (patch_dropout={share}), so they make no map; "
+            f"{way_out}"
+        )
+    return ""
+
+
+def _grid(visual: Any) -> tuple[int, int]:
+    if hasattr(visual, "grid_size"):
+        rows, columns = visual.grid_size
+        return rows, columns
+    return visual.image_size // 32, visual.image_size // 32  # a ResNet halves five times
