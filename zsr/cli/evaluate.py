@@ -47,27 +47,58 @@ def evaluate(
         str | None, typer.Option("--pretrained", help="open_clip's tag, for an architecture name.")
     ] = None,
     precision: Annotated[Precision, typer.Option("--precision", help="Of the encoder.")] = Precision.fp32,
-    seed: Annotated[int, typer.Option("--seed", help="Of the attack's random starts.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the attack's random starts and of a defence's noise.")] = 0,
     device: Annotated[str | None, typer.Option("--device", help="cuda where there is one, else cpu.")] = None,
+    defense: Annotated[
+        str | None, typer.Option("--defense", help="Also measure with this test-time defence, such as ttc.")
+    ] = None,
+    defense_set: Annotated[
+        list[str] | None,
+        typer.Option("--defense-set", metavar="KEY=VALUE", help="A setting of the defence; may be repeated."),
+    ] = None,
+    gate_model: Annotated[
+        str | None,
+        typer.Option(
+            "--gate-model", help="Pre-trained model that gates the defence; the one a checkpoint came from by default."
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the results, with their protocol, here.")
     ] = None,
 ) -> None:
-    """Evaluate a model under PGD and print a table."""
+    """Evaluate a model under PGD and print a table.
+
+    With --defense each set gets two rows, without and with the defence, from one run of the attack. The attack does not know
+    the defence: it is crafted on the bare model, on every sample that is right without the defence or with it.
+    """
     import torch
 
+    from zsr.cli.defended import guard, read_defense
     from zsr.cli.models import load_named
     from zsr.data.shards import ShardSet
     from zsr.eval import evaluate_sets
 
     if template is not None and "{}" not in template:
         raise ValueError(f"--template {template!r}: needs {{}} where the class name goes")
+    defense_config = read_defense(defense, defense_set or [], gate_model)
     attacks = _attacks(eps, steps, step_size, norm.value, restarts)
     sets = [ShardSet(address.strip()) for address in data.split(",") if address.strip()]
     if not sets:
         raise ValueError("--data: names no set; write such as zsr:emoji/test_both")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     clip, trained_template = load_named(model, pretrained, precision.value, device)
+    guarded = None
+    if defense_config is not None:
+        guarded = guard(
+            clip,
+            model,
+            defense_config,
+            gate_model,
+            pretrained=pretrained,
+            precision=precision.value,
+            device=device,
+            seed=seed,
+        )
     rows = evaluate_sets(
         clip,
         sets,
@@ -77,6 +108,7 @@ def evaluate(
         batch_size=batch_size,
         seed=seed,
         progress=ProgressLine(),
+        defended=None if guarded is None else guarded.defended,
     )
     header = ["set", "images", "chance", "clean", *(f"{norm.value} {label}" for label in attacks)]
     cells = [
@@ -90,7 +122,15 @@ def evaluate(
         ]
         for row in rows
     ]
-    print_table(f"{model}: accuracy in %, PGD-{steps}, with 95% intervals", header, cells)
+    title = f"{model}: accuracy in %, PGD-{steps}, with 95% intervals"
+    if guarded is not None:
+        title += "; attack oblivious of the defence"
+        header.insert(1, "defence")
+        for row, line in zip(rows, cells, strict=True):
+            line.insert(1, row.defense or "none")
+    print_table(title, header, cells)
+    for sentence in guarded.sentences() if guarded is not None else ():
+        typer.echo(sentence)
     if json_file is not None:
         protocol = {
             "model": model,
@@ -99,6 +139,7 @@ def evaluate(
             "batch_size": batch_size,
             "precision": precision.value,
             "seed": seed,
+            "defense": None if guarded is None else guarded.protocol(),
         }
         results = [dataclasses.asdict(row) for row in rows]
         json_file.write_text(json.dumps({"protocol": protocol, "results": results}, indent=2) + "\n")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zsr.attacks.base import Attack, input_gradients_only
+from zsr.attacks.base import Attack, AttackResult, input_gradients_only
 from zsr.attacks.noise import sample_seeds
 from zsr.data.pipeline import eval_batches, subset_ids
 from zsr.data.shards import ShardSet
@@ -59,7 +59,11 @@ class ZeroShotHead:
 
     def __call__(self, image_BCHW: Tensor) -> Tensor:
         """Logits ``[B, C]`` of pixels in [0, 1]."""
-        return self.model.logit_scale * self.model.encode_image(image_BCHW).embed_BD @ self.text_CD.T
+        return self.logits(self.model.encode_image(image_BCHW).embed_BD)
+
+    def logits(self, embed_BD: Tensor) -> Tensor:
+        """Logits ``[B, C]`` of unit image embeddings."""
+        return self.model.logit_scale * embed_BD @ self.text_CD.T
 
 
 def evaluate(
@@ -107,10 +111,11 @@ def evaluate(
                 right_B = head(image_BCHW).argmax(-1) == label_B
             counts[_CLEAN] += right_B.sum()
             counts[_COUNT] += len(batch)
-            if attack is not None:
-                robust_B, zero_B = _attack(head, attack, image_BCHW, label_B, batch.key, right_B, seed)
-                counts[_ROBUST] += robust_B.sum()
-                counts[_ZERO_GRAD] += zero_B.sum()
+            if attack is not None and right_B.any():
+                attacked = attack_rows(head, attack, image_BCHW, label_B, batch.key, right_B, seed)
+                with torch.no_grad():
+                    counts[_ROBUST] += (head(attacked.image_BCHW).argmax(-1) == label_B[right_B]).sum()
+                counts[_ZERO_GRAD] += attacked.zero_grad_B.sum()
             done += len(batch)
             if progress is not None:
                 progress(done, mine)
@@ -124,26 +129,23 @@ def evaluate(
     )
 
 
-def _attack(
+def attack_rows(
     head: ZeroShotHead,
     attack: Attack,  # type: ignore[type-arg]
     image_BCHW: Tensor,
     label_B: Tensor,
     keys: Sequence[str],
-    right_B: Tensor,
+    rows_B: Tensor,
     seed: int,
-) -> tuple[Tensor, Tensor]:
-    """(still right, zero gradient) of the samples that are right to begin with."""
-    survivors = right_B.nonzero().flatten()
-    if not len(survivors):
-        return right_B[:0], right_B[:0]
-    image_BCHW, label_B = image_BCHW[survivors], label_B[survivors]
+) -> AttackResult:
+    """Attack those samples of a batch that ``rows_B`` (bool) marks; all evaluations attack a sample the same way.
+
+    The result has a row for each of them, at least one. Call inside :func:`input_gradients_only`.
+    """
+    rows = rows_B.nonzero().flatten()
+    image_BCHW, label_B = image_BCHW[rows], label_B[rows]
 
     def loss(attacked_BCHW: Tensor) -> Tensor:
         return F.cross_entropy(head(attacked_BCHW), label_B, reduction="none")
 
-    seeds = sample_seeds([keys[i] for i in survivors.tolist()], "eval", seed)
-    result = attack.perturb(loss, image_BCHW, seeds)
-    with torch.no_grad():
-        still_B = head(result.image_BCHW).argmax(-1) == label_B
-    return still_B, result.zero_grad_B
+    return attack.perturb(loss, image_BCHW, sample_seeds([keys[i] for i in rows.tolist()], "eval", seed))

@@ -13,7 +13,9 @@ from typing import Any
 
 from zsr.attacks.base import Attack
 from zsr.data.shards import ShardSet
-from zsr.engine.quick_eval import ZeroShotHead, evaluate
+from zsr.engine.quick_eval import EvalResult, ZeroShotHead, evaluate
+from zsr.eval.defended import DefendedCLIP
+from zsr.eval.oblivious import evaluate_oblivious
 from zsr.models import RobustCLIP, TextBank
 
 Progress = Callable[[str, str, int, int], None]
@@ -34,13 +36,14 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class EvalRow:
-    """One set.
+    """One set, classified by the bare model or by the defended one.
 
     Attributes:
         chance: accuracy of guessing, 1 / classes.
         template: the prompt that made the class embeddings.
         robust: accuracy under each attack, by the attack's label.
         zero_grad_frac: share of samples without an input gradient, by the attack's label; 0 unless something is wrong.
+        defense: name of the test-time defence in front of the model, which the attack does not know; None without one.
     """
 
     data: str
@@ -49,6 +52,7 @@ class EvalRow:
     clean: Accuracy
     robust: Mapping[str, Accuracy]
     zero_grad_frac: Mapping[str, float]
+    defense: str | None = None
 
 
 def evaluate_sets(
@@ -61,6 +65,7 @@ def evaluate_sets(
     batch_size: int = 128,
     seed: int = 0,
     progress: Progress | None = None,
+    defended: DefendedCLIP | None = None,
 ) -> list[EvalRow]:
     """Measure clean and robust zero-shot accuracy on each set.
 
@@ -68,6 +73,8 @@ def evaluate_sets(
         attacks: by label, such as ``{"2/255": PGD(...)}``; may be empty.
         template: prompt for all sets; each set's own first one if None.
         num_samples: of each set, the head of its fixed subset order; 0 means all.
+        defended: ``model`` behind a defence. Each set then gives two rows, without and with it, from one run of the attacks
+            (zsr/eval/oblivious.py says what is attacked and what counts).
 
     Raises:
         ValueError, OSError: a set cannot be read.
@@ -78,38 +85,38 @@ def evaluate_sets(
     for shards in sets:
         prompt = shards.templates[0] if template is None else template
         head = ZeroShotHead(model, bank, shards.classes, [prompt])
-        results = {
-            label: evaluate(
-                head,
-                shards,
-                attack,
-                num_samples=num_samples,
-                batch_size=batch_size,
-                seed=seed,
-                progress=_named(progress, shards.address, label),
-            )
-            for label, attack in measured.items()
-        }
-        first = next(iter(results.values()))
-        rows.append(
-            EvalRow(
-                data=shards.address,
-                chance=1 / first.num_classes,
-                template=prompt,
-                clean=Accuracy(first.clean_acc, first.num_samples),
-                robust={
-                    label: Accuracy(result.robust_acc, result.num_samples)
-                    for label, result in results.items()
-                    if result.robust_acc is not None
-                },
-                zero_grad_frac={
-                    label: result.zero_grad_frac
-                    for label, result in results.items()
-                    if result.zero_grad_frac is not None
-                },
-            )
-        )
+        options: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+        bare: dict[str, EvalResult] = {}
+        behind: dict[str, EvalResult] = {}
+        for label, attack in measured.items():
+            options["progress"] = _named(progress, shards.address, label)
+            if defended is None:
+                bare[label] = evaluate(head, shards, attack, **options)
+            else:
+                bare[label], behind[label] = evaluate_oblivious(head, defended, shards, attack, **options)
+        rows.append(_row(shards, prompt, bare, None))
+        if defended is not None:
+            rows.append(_row(shards, prompt, behind, defended.defense.config.name))
     return rows
+
+
+def _row(shards: ShardSet, prompt: str, results: Mapping[str, EvalResult], defense: str | None) -> EvalRow:
+    first = next(iter(results.values()))
+    return EvalRow(
+        data=shards.address,
+        chance=1 / first.num_classes,
+        template=prompt,
+        clean=Accuracy(first.clean_acc, first.num_samples),
+        robust={
+            label: Accuracy(result.robust_acc, result.num_samples)
+            for label, result in results.items()
+            if result.robust_acc is not None
+        },
+        zero_grad_frac={
+            label: result.zero_grad_frac for label, result in results.items() if result.zero_grad_frac is not None
+        },
+        defense=defense,
+    )
 
 
 def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:

@@ -1,0 +1,158 @@
+"""The defence options of zsr eval: which defence, with which settings, gated by which pre-trained model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zsr.config.schema import Precision
+    from zsr.defenses.base import DefenseConfig
+    from zsr.eval import DefendedCLIP
+    from zsr.models import ImageTower, RobustCLIP
+
+
+def read_defense(name: str | None, settings: Sequence[str], gate_model: str | None) -> DefenseConfig | None:
+    """The settings of the defence that the options ask for; None without ``--defense``.
+
+    Raises:
+        ValueError: no such defence or setting, a value that is out of range, or settings of no defence.
+    """
+    from pydantic import ValidationError
+
+    from zsr.config import DEFENSES, ConfigError, apply_overrides, describe_errors
+
+    if name is None:
+        for option, given in (("--defense-set", settings), ("--gate-model", gate_model)):
+            if given:
+                raise ValueError(f"{option}: needs a defence to belong to; add --defense {DEFENSES.names()[0]}")
+        return None
+    try:
+        config_class = DEFENSES.config_class(name)
+    except ValueError as error:
+        raise ValueError(f"--defense {name}: {error}") from None
+    for setting in settings:
+        if "=" not in setting:
+            raise ValueError(f"--defense-set {setting}: should be key=value, such as threshold=0.1")
+    tree = {"name": name, **apply_overrides({}, settings)}
+    try:
+        return config_class.model_validate(tree)  # type: ignore[return-value]
+    except ValidationError as error:
+        sentences = describe_errors(error, tree, config_class)
+        raise ConfigError(f"--defense-set {sentence}" for sentence in sentences) from None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which weights a number belongs to: published comparisons went wrong where nobody could tell.
+
+    Attributes:
+        model: as the user named it, or as a checkpoint did.
+        image_sha256: of the image tower's weights, twelve hex digits.
+    """
+
+    model: str
+    image_sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.model}, image tower {self.image_sha256}"
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A model behind its defence, and what has to be said about the two."""
+
+    defended: DefendedCLIP
+    victim: Identity
+    gate: Identity
+    gate_was_named: bool
+
+    def sentences(self) -> list[str]:
+        """What a reader must know about the table."""
+        gate = f"gate: {self.gate}"
+        if not self.defended.own_gate:
+            gate = "gate: the victim's own image tower"
+            if not self.gate_was_named:
+                gate += "; if it was fine-tuned, name the model it came from with --gate-model"
+        return [
+            f"victim: {self.victim}",
+            gate,
+            "The attack does not know the defence (oblivious): it is crafted on the bare model. "
+            "These are no numbers for an attacker who knows it.",
+        ]
+
+    def protocol(self) -> dict[str, Any]:
+        """The same for ``--json``."""
+        return {
+            "config": self.defended.defense.config.model_dump(mode="json"),
+            "attack": "oblivious",
+            "seed": self.defended.seed,
+            "cost_units": self.defended.cost_units,
+            "victim": asdict(self.victim),
+            "gate": asdict(self.gate),
+        }
+
+
+def guard(
+    clip: RobustCLIP,
+    name: str,
+    config: DefenseConfig,
+    gate_model: str | None,
+    *,
+    pretrained: str | None,
+    precision: Precision,
+    device: str,
+    seed: int,
+) -> Guarded:
+    """Put a loaded model behind a defence, gated by the pre-trained model that it came from.
+
+    That is ``gate_model`` if given, a checkpoint's own base model, and else the model itself.
+
+    Raises:
+        ValueError: the gate cannot be loaded, or takes images of another size.
+    """
+    from zsr.cli.models import load_named
+    from zsr.eval import DefendedCLIP
+    from zsr.models import load_model
+
+    base = _base_model(clip, name)
+    gate, gate_name = clip, name
+    if gate_model is not None:
+        try:
+            gate, gate_name = load_named(gate_model, pretrained, precision, device)[0], gate_model
+        except ValueError as error:
+            raise ValueError(f"--gate-model {gate_model}: {error}") from None
+    elif base is not None:
+        gate, gate_name = load_model(base, precision, device).eval(), base.name
+    if gate.image_size != clip.image_size:
+        raise ValueError(
+            f"--gate-model {gate_name}: takes images of {gate.image_size} pixels, the model of {clip.image_size}; "
+            "name the model that it was fine-tuned from"
+        )
+    victim_id, gate_id = Identity(name, _sha256(clip.image)), Identity(gate_name, _sha256(gate.image))
+    same = victim_id.image_sha256 == gate_id.image_sha256  # then one tower serves as both, and passes are saved
+    defended = DefendedCLIP(clip, config, None if same else gate.image, seed)
+    return Guarded(defended, victim_id, gate_id, gate_was_named=gate is not clip)
+
+
+def _base_model(clip: RobustCLIP, name: str) -> Any:
+    """Settings of the pre-trained model that a checkpoint came from; None for a model that is no checkpoint."""
+    from zsr.cli.models import find_checkpoint
+    from zsr.config import validate
+    from zsr.engine.checkpoint import read_state
+
+    folder = Path(name).expanduser()
+    if clip.arch in (name, f"local-dir:{folder}"):  # loaded by its own name: a model, or an exported folder
+        return None
+    return validate(read_state(find_checkpoint(folder))["config"]).model
+
+
+def _sha256(tower: ImageTower) -> str:
+    digest = hashlib.sha256()
+    for key, value in sorted(tower.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]

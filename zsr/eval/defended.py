@@ -1,0 +1,94 @@
+"""A model served with a test-time defence: images are purified, then encoded.
+
+    defended = DefendedCLIP(model, "ttc", frozen=original.image)    # without frozen= if model was not fine-tuned
+    head = ZeroShotHead(model, TextBank(model), ["cat", "dog"], ["a photo of a {}."])
+    logits_BC = head.logits(defended.encode_image(image_BCHW).embed_BD)
+
+Shapes: B images, C channels (or classes, in logits), D embedding width, H x W pixels. Pixels are in [0, 1].
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zsr.attacks.noise import fill_uniform, sample_seeds
+from zsr.config.schema import DEFENSES
+from zsr.defenses.base import Defense, DefenseConfig
+from zsr.models import ImageFeatures, ImageTower, RobustCLIP
+
+
+class DefendedCLIP:
+    """A RobustCLIP behind a defence.
+
+    This helps against attackers who do not know the defence; against one who does it is worth next to nothing
+    (zsr/defenses/ttc.py has numbers).
+
+    Args:
+        model: is served; put it into eval mode first, as for any prediction.
+        defense: a defence's name, for its default settings; its config; or the defence itself.
+        frozen: image tower of the pre-trained model that ``model`` was fine-tuned from; None if it was not fine-tuned.
+        seed: of the defence's noise.
+
+    Raises:
+        ValueError: no defence has that name.
+    """
+
+    def __init__(
+        self,
+        model: RobustCLIP,
+        defense: str | DefenseConfig | Defense[Any] = "ttc",
+        frozen: ImageTower | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.defense = _build(defense)
+        self.frozen = model.image if frozen is None else frozen
+        self.seed = seed
+
+    @property
+    def own_gate(self) -> bool:
+        """Whether the pre-trained tower is another one than the served."""
+        return self.frozen is not self.model.image
+
+    @property
+    def cost_units(self) -> int:
+        """Image-encoder passes of one prediction."""
+        return self.defense.cost_units(self.own_gate)
+
+    def purify(self, image_BCHW: Tensor, keys: Sequence[str] | None = None) -> Tensor:
+        """The images that are classified in place of these.
+
+        Args:
+            image_BCHW: float pixels in [0, 1] at the model's image size.
+            keys: what fixes each sample's noise, such as its file name. Without keys it is the image's own content,
+                which has to be copied to the host for that: an image gets the same answer each time, in any batch.
+        """
+        seeds = sample_seeds(_content_keys(image_BCHW) if keys is None else keys, "defense", self.seed)
+        noise_BCHW = fill_uniform(image_BCHW, seeds)
+        return self.defense.purify(self.model.image, self.frozen, image_BCHW, noise_BCHW)
+
+    def encode_image(self, image_BCHW: Tensor, keys: Sequence[str] | None = None) -> ImageFeatures:
+        """Features of the purified images, without gradients; arguments as for :meth:`purify`."""
+        with torch.no_grad():
+            return self.model.encode_image(self.purify(image_BCHW, keys))
+
+
+def _build(defense: str | DefenseConfig | Defense[Any]) -> Defense[Any]:
+    if isinstance(defense, Defense):
+        return defense
+    if isinstance(defense, DefenseConfig):
+        return DEFENSES.build(defense)
+    try:
+        return DEFENSES.build(DEFENSES.config_class(defense).model_validate({}))
+    except ValueError as error:
+        raise ValueError(f"defense={defense}: {error}") from None
+
+
+def _content_keys(image_BCHW: Tensor) -> list[str]:
+    rows = image_BCHW.detach().float().cpu().contiguous().numpy()
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).hexdigest() for row in rows]

@@ -1,0 +1,95 @@
+"""Clean and robust accuracy without and with a test-time defence, from one run of an attack that does not know it.
+
+Shapes: B images, C channels, H x W pixels.
+
+What is attacked: every sample that is right without the defence or with it, the bare model's loss in both cases. The same
+attacked image is then classified both ways. A sample is robust without the defence if the bare prediction is right on the
+clean and on the attacked image, and robust with it if the defended prediction is right on both. (Published tables ask for
+the attacked image alone; they can only be higher.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zsr.attacks.base import Attack, input_gradients_only
+from zsr.data.pipeline import eval_batches, subset_ids
+from zsr.data.shards import ShardSet
+from zsr.engine.quick_eval import EvalResult, ZeroShotHead, attack_rows
+from zsr.eval.defended import DefendedCLIP
+
+Progress = Callable[[int, int], None]
+"""Called with (samples done, samples to do)."""
+
+_CLEAN, _ROBUST, _ZERO_GRAD = range(3)
+_BARE, _DEFENDED = range(2)
+
+
+def evaluate_oblivious(
+    head: ZeroShotHead,
+    defended: DefendedCLIP,
+    shards: ShardSet,
+    attack: Attack[Any] | None = None,
+    *,
+    num_samples: int = 0,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[EvalResult, EvalResult]:
+    """Measure a zero-shot classifier on a set: (without the defence, with it).
+
+    The first result is what ``zsr.engine.quick_eval.evaluate`` gives. ``zero_grad_frac`` is the share among the samples
+    that are right without and with the defence, respectively.
+
+    Args:
+        head: of ``defended.model``.
+        num_samples: the head of the set's fixed subset order; 0 means all.
+        seed: of the attack's random starts; the defence's noise has its own.
+
+    Raises:
+        ValueError, OSError: the set cannot be read.
+    """
+    device = head.text_CD.device
+    counts = torch.zeros(2, 3, dtype=torch.float64, device=device)
+    total = len(subset_ids(len(shards), num_samples))
+    done = 0
+    with input_gradients_only(defended.model.image, defended.frozen):
+        for batch in eval_batches(
+            shards, image_size=head.model.image_size, batch_size=batch_size, num_samples=num_samples
+        ):
+            image_BCHW, label_B = batch.image.to(device).float() / 255, batch.label.to(device)
+            right_2B = _right(head, defended, image_BCHW, label_B, batch.key)
+            counts[:, _CLEAN] += right_2B.sum(1)
+            rows_B = right_2B.any(0)
+            if attack is not None and rows_B.any():
+                attacked = attack_rows(head, attack, image_BCHW, label_B, batch.key, rows_B, seed)
+                keys = [batch.key[i] for i in rows_B.nonzero().flatten().tolist()]
+                still_2B = _right(head, defended, attacked.image_BCHW, label_B[rows_B], keys)
+                counts[:, _ROBUST] += (right_2B[:, rows_B] & still_2B).sum(1)
+                counts[:, _ZERO_GRAD] += (right_2B[:, rows_B] & attacked.zero_grad_B).sum(1)
+            done += len(batch)
+            if progress is not None:
+                progress(done, total)
+
+    def result(clean: float, robust: float, zero_grad: float) -> EvalResult:
+        return EvalResult(
+            clean_acc=clean / total,
+            robust_acc=None if attack is None else robust / total,
+            zero_grad_frac=None if attack is None else zero_grad / max(clean, 1.0),
+            num_samples=total,
+            num_classes=len(head.text_CD),
+        )
+
+    return result(*counts[_BARE].tolist()), result(*counts[_DEFENDED].tolist())
+
+
+def _right(head: ZeroShotHead, defended: DefendedCLIP, image_BCHW: Tensor, label_B: Tensor, keys: list[str]) -> Tensor:
+    """Whether each prediction is right, bool ``[2, B]``: without the defence, with it."""
+    with torch.no_grad():
+        bare_B = head(image_BCHW).argmax(-1) == label_B
+        defended_B = head.logits(defended.encode_image(image_BCHW, keys).embed_BD).argmax(-1) == label_B
+    return torch.stack([bare_B, defended_B])
