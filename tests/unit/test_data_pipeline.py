@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
+import random
 import signal
 import threading
-from itertools import islice
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count, islice, repeat
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shard_factory import encode_image, make_image, make_shards, write_index, write_tar
 
+from zsr.data import workers
 from zsr.data.pipeline import eval_batches, num_steps_per_epoch, subset_ids, train_batches
 from zsr.data.plan import BEGIN, EpochPlan, Position
 from zsr.data.shards import ShardSet
@@ -147,13 +154,16 @@ def test_impossible_batches_are_refused_at_the_call(shards):
 
 
 def test_closing_ends_the_workers(shards):
-    before = set(multiprocessing.active_children())
-    batches = train_batches(shards, seed=0, global_batch=8, image_size=SIZE, num_workers=2)
-    next(batches)
-    workers = set(multiprocessing.active_children()) - before
-    assert len(workers) == 2
-    batches.close()
-    assert not any(worker.is_alive() for worker in workers)
+    for batches in (
+        train_batches(shards, seed=0, global_batch=8, image_size=SIZE, num_workers=2),
+        eval_batches(shards, batch_size=2, image_size=SIZE, num_workers=2),
+    ):
+        before = set(multiprocessing.active_children())
+        next(batches)
+        children = set(multiprocessing.active_children()) - before
+        assert len(children) == 2
+        batches.close()
+        assert not any(child.is_alive() for child in children)
 
 
 def test_workers_start_from_a_thread_and_end_despite_the_trainers_handlers(shards):
@@ -178,22 +188,237 @@ def test_a_lock_held_while_forking_does_not_stop_the_workers(shards):
         batches.close()
 
 
-def _lose_a_worker(folder: Path) -> None:
-    """Exit with 7 if the loss is reported."""
+# Death of a worker, and of its parent. Each case runs in a process of its own, so that a hang fails it and no other.
+
+BATCH = np.arange(4)
+
+
+def run_apart(target: Callable[..., None], *args: Any, seconds: float = 30) -> None:
+    """``target(*args)`` in a forked process; fails if it raises or is not back in time."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=args)
+    process.start()
+    process.join(seconds)
+    hung = process.is_alive()
+    if hung:
+        process.kill()
+        process.join()
+    assert not hung, "hung"
+    assert process.exitcode == 0
+
+
+def has_ended(pid: int) -> bool:
     try:
-        batches = train_batches(ShardSet(folder), seed=0, global_batch=8, image_size=SIZE, num_workers=1)
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return True
+    return stat.rpartition(")")[2].split()[0] in "ZX"  # an orphan may wait for an init that does not reap
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def fill_ids(ids: np.ndarray, image: np.ndarray, label: np.ndarray) -> list[str]:
+    image[:], label[:] = 1, ids
+    return [str(i) for i in ids]
+
+
+def ahead(fill: workers.Fill, requests: Iterable[tuple[Any, np.ndarray]] | None = None, num_workers: int = 1) -> Any:
+    requests = zip(count(), repeat(np.arange(4))) if requests is None else requests
+    return workers.fill_ahead(fill, requests, num_workers=num_workers, batch_size=4, image_size=8)
+
+
+def use_up(batches: Iterable[Any], in_step_s: float = 0) -> None:
+    for _ in batches:
+        time.sleep(in_step_s)
+
+
+def shared_number() -> np.ndarray:
+    """One int64 that is the same in processes forked later."""
+    return np.frombuffer(mmap.mmap(-1, 8), np.int64)
+
+
+def _lose_a_worker(folder: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    num_workers, before_kill_s, in_step_s = rng.choice([1, 2, 3]), rng.uniform(0, 0.1), rng.choice([0, 0.005])
+
+    def kill_one() -> None:
+        wait_for(lambda: len(multiprocessing.active_children()) == num_workers)
+        time.sleep(before_kill_s)
+        rng.choice(multiprocessing.active_children()).kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    batches = train_batches(ShardSet(folder), seed=seed, global_batch=8, image_size=64, num_workers=num_workers)
+    with pytest.raises(RuntimeError, match=r"killed by signal 9 .* memory ran out: lower data\.num_workers"):
+        use_up(batches, in_step_s)
+    killer.join()
+    assert not multiprocessing.active_children()  # nor do the others stay
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_killed_worker_is_an_error_and_not_a_hang(folder, seed):
+    run_apart(_lose_a_worker, folder, seed)
+
+
+def _lose_a_worker_in_an_answer() -> None:
+    num_filled = shared_number()
+
+    def fill(*_: np.ndarray) -> list[str]:
+        num_filled[0] += 1
+        return ["k" * 1_000_000] * 4  # far more than a pipe holds, so that it waits there for its reader
+
+    batches = ahead(fill)
+    next(batches)
+    assert wait_for(lambda: num_filled[0] == 2)
+    time.sleep(0.2)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(RuntimeError, match="killed by signal 9"):
+        next(batches)
+
+
+def test_a_worker_killed_in_the_middle_of_an_answer_is_an_error():
+    run_apart(_lose_a_worker_in_an_answer)
+
+
+def _lose_a_worker_whose_pipes_stay_open() -> None:
+    heir = shared_number()
+
+    def fill(*_: np.ndarray) -> list[str]:
+        child = os.fork()
+        if child:
+            heir[0] = child
+        time.sleep(60)
+        os._exit(0)
+
+    killer = threading.Thread(
+        target=lambda: wait_for(lambda: heir[0] != 0) and multiprocessing.active_children()[0].kill()
+    )
+    killer.start()
+    try:
+        with pytest.raises(RuntimeError, match="killed by signal 9"):
+            next(ahead(fill))
+        assert not has_ended(heir[0])
+    finally:
+        os.kill(heir[0], signal.SIGKILL)
+
+
+def test_a_death_is_noticed_while_another_process_holds_the_pipes():
+    """A process forked by someone else between the making of a worker's pipes and their closing in this process."""
+    run_apart(_lose_a_worker_whose_pipes_stay_open)
+
+
+def _stall_a_worker() -> None:
+    workers.WORKER_TIMEOUT_S = 0.3
+    batches = ahead(fill_ids)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(RuntimeError, match=r"has given no batch for 0\.3 s"):
+        use_up(batches)
+    assert has_ended(worker.pid)
+
+
+def test_a_stalled_worker_is_an_error():
+    run_apart(_stall_a_worker)
+
+
+def test_a_worker_that_leaves_by_itself_is_an_error():
+    with pytest.raises(RuntimeError, match=r"data worker 0 of 1 \(pid \d+\) ended with exit code 3"):
+        next(ahead(lambda *_: os._exit(3)))
+
+
+def test_an_unforeseen_fault_keeps_its_type_and_says_where_it_was():
+    with pytest.raises(KeyError) as caught:
+        next(ahead(lambda *_: {}["no such key"]))
+    assert "in data worker 0 of 1" in caught.value.__notes__[0]
+    assert "test_data_pipeline.py" in caught.value.__notes__[0]
+
+
+def test_workers_answer_signals_in_their_own_way():
+    """Ctrl-C goes to the whole group and is the trainer's to handle; SIGTERM ends a worker whatever the trainer makes of it."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        batches = ahead(fill_ids)
         next(batches)
         (worker,) = multiprocessing.active_children()
-        worker.kill()
-        for _ in batches:
-            pass
-    except RuntimeError as fault:
-        os._exit(7 if "DataLoader worker" in str(fault) else 8)
+        os.kill(worker.pid, signal.SIGINT)
+        assert [next(batches)[0] for _ in range(5)] == [1, 2, 3, 4, 5]
+        os.kill(worker.pid, signal.SIGTERM)
+        with pytest.raises(RuntimeError, match="killed by signal 15"):
+            use_up(batches)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
-def test_a_killed_worker_is_an_error_and_not_a_hang(folder):
-    # In a process of its own: torch reports the loss from a signal handler, wherever the main thread is at that moment.
-    process = multiprocessing.get_context("fork").Process(target=_lose_a_worker, args=(folder,))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 7
+def _sleep(*_: np.ndarray) -> list[str]:
+    time.sleep(60)
+    return []
+
+
+def _work_and_tell(pids: Connection) -> None:
+    def tell() -> None:
+        wait_for(lambda: len(multiprocessing.active_children()) == 2)
+        pids.send([worker.pid for worker in multiprocessing.active_children()])
+
+    threading.Thread(target=tell).start()
+    next(ahead(_sleep, num_workers=2))
+
+
+def test_workers_do_not_outlive_a_killed_parent():
+    mine, theirs = multiprocessing.Pipe(duplex=False)
+    parent = multiprocessing.get_context("fork").Process(target=_work_and_tell, args=(theirs,))
+    parent.start()
+    assert mine.poll(20)
+    pids = mine.recv()
+    assert len(pids) == 2
+    time.sleep(0.2)  # by now they are asleep over their first batch, and read no pipe
+    assert not any(has_ended(pid) for pid in pids)
+    parent.kill()
+    parent.join()
+    assert wait_for(lambda: all(has_ended(pid) for pid in pids), seconds=10)
+
+
+def test_closing_does_not_wait_for_the_batch_in_hand():
+    requests = [(tag, np.full(4, tag)) for tag in range(6)]
+    batches = ahead(lambda ids, *rest: fill_ids(ids, *rest) if ids[0] < 1 else _sleep(), requests, num_workers=2)
+    next(batches)
+    children = multiprocessing.active_children()
+    assert len(children) == 2
+    began = time.monotonic()
+    batches.close()
+    assert time.monotonic() - began < 5
+    assert all(has_ended(child.pid) for child in children)
+
+
+def test_requests_are_drawn_here_and_a_few_ahead():
+    drawn, num_filled = [], shared_number()
+
+    def requests() -> Iterator[tuple[int, np.ndarray]]:
+        for tag in range(100):
+            drawn.append(tag)
+            yield tag, np.arange(4)
+
+    def fill(*arrays: np.ndarray) -> list[str]:
+        num_filled[0] += 1
+        return fill_ids(*arrays)
+
+    batches = ahead(fill, requests())
+    for taken in range(1, 8):
+        tag, image, label, keys = next(batches)
+        assert tag == taken - 1
+        assert (image.eq(1).all(), label.tolist(), keys) == (True, [0, 1, 2, 3], ["0", "1", "2", "3"])
+        assert len(drawn) == taken + workers.SLOTS
+        assert wait_for(lambda ready=taken + workers.SLOTS: num_filled[0] == ready)  # nobody waits for the next call
+    batches.close()
+
+
+def test_a_batch_is_not_touched_by_later_ones():
+    requests = [(tag, np.full(4 - tag % 2, tag)) for tag in range(30)]  # shorter ones in between
+    for tag, image, label, keys in list(ahead(fill_ids, requests, num_workers=3)):
+        assert label.tolist() == [tag] * len(keys) == [int(key) for key in keys]
+        assert len(image) == len(keys) == 4 - tag % 2

@@ -1,8 +1,7 @@
 """Batches of uint8 pixels from a set of shards, in an order that the plan fixes and nothing else changes.
 
 One request is one batch of one rank. With ``num_workers > 0`` whole batches are decoded in processes and handed over in
-request order, so the stream is the same with any number of workers. Sample ids travel to the workers, images come back
-through shared memory (a container needs ``/dev/shm`` for ``num_workers * 2`` batches).
+request order, so the stream is the same with any number of workers; each holds up to two batches in memory.
 
     for position, batch in train_batches(shards, seed=0, global_batch=128, ..., start=checkpoint.position):
         ...  # `position` is what the next checkpoint stores
@@ -10,29 +9,28 @@ through shared memory (a container needs ``/dev/shm`` for ``num_workers * 2`` ba
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from zsr.data.decode import decode, read_label
 from zsr.data.plan import BEGIN, EpochPlan, Last, Position, check_share, count_steps
 from zsr.data.prefetch import Prefetch
 from zsr.data.shards import ShardSet
+from zsr.data.workers import fill_ahead
 
+Tag = TypeVar("Tag")
 Item = TypeVar("Item")
 
 # The seed of the fixed order from which `num_samples` of a set are taken: not the run's seed, so that all runs are
 # evaluated on the same images.
 _SUBSET_SEED = 0
-
-# Longer than the storage layer's own retries, which give up first and say why. This one ends an unforeseen hang.
-_WORKER_TIMEOUT_S = 1800
 
 
 @dataclass
@@ -50,9 +48,6 @@ class Batch:
         return Batch(
             self.image.to(device, non_blocking=non_blocking), self.label.to(device, non_blocking=non_blocking), self.key
         )
-
-    def pin_memory(self) -> Batch:
-        return Batch(self.image.pin_memory(), self.label.pin_memory(), self.key)
 
 
 def num_steps_per_epoch(shards: ShardSet, global_batch: int, last: Last = "drop") -> int:
@@ -97,8 +92,9 @@ def train_batches(
         ValueError: the batch does not suit the set or the world size (at the call), or a sample cannot be decoded; the
             sentence names set, shard and key.
         OSError: a shard cannot be fetched.
+        RuntimeError: a worker died, or gives no answer.
     """
-    check_share(global_batch, rank, world_size)
+    batch_size = check_share(global_batch, rank, world_size)
     prefetch = Prefetch(shards)
     want = prefetch.want if shards.storage.is_remote else None
 
@@ -107,7 +103,7 @@ def train_batches(
 
     requests = _TrainRequests(plan_of, rank, world_size, start, want)
     shards.keep_open(2 * window)
-    return _within(prefetch, _read_ahead(shards, requests, image_size, num_workers))
+    return _within(prefetch, _read_ahead(shards, requests, batch_size, image_size, num_workers))
 
 
 def eval_batches(
@@ -131,14 +127,14 @@ def eval_batches(
         num_workers: decoding processes; 0 decodes in this one.
 
     Raises:
-        ValueError, OSError: as in ``train_batches``.
+        ValueError, OSError, RuntimeError: as in ``train_batches``.
     """
     if batch_size < 1:
         raise ValueError(f"eval.batch_size={batch_size} must be at least 1")
     check_share(world_size, rank, world_size)
     ids = subset_ids(len(shards), num_samples)[rank::world_size]
-    requests = _EvalRequests([ids[i : i + batch_size] for i in range(0, len(ids), batch_size)])
-    return (batch for _, batch in _read_ahead(shards, requests, image_size, num_workers))
+    requests = [(None, ids[i : i + batch_size]) for i in range(0, len(ids), batch_size)]
+    return _untagged(_read_ahead(shards, requests, batch_size, image_size, num_workers))
 
 
 def subset_ids(total: int, num_samples: int) -> np.ndarray:
@@ -149,7 +145,7 @@ def subset_ids(total: int, num_samples: int) -> np.ndarray:
     return np.sort(EpochPlan([total], _SUBSET_SEED, 0, total, window=1).order[:num_samples])
 
 
-class _TrainRequests(Sampler[tuple[Position, np.ndarray]]):
+class _TrainRequests:
     """Endless (position after, sample ids) of one rank; ``want`` hears of the shards of each window before it begins."""
 
     def __init__(
@@ -180,29 +176,6 @@ class _TrainRequests(Sampler[tuple[Position, np.ndarray]]):
                 yield position, plan.rank_ids(step, self.rank, self.world_size)
 
 
-class _EvalRequests(Sampler[tuple[Position, np.ndarray]]):
-    def __init__(self, batches: list[np.ndarray]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[tuple[Position, np.ndarray]]:
-        for step, ids in enumerate(self.batches):
-            yield Position(0, step + 1), ids
-
-
-class _Reader(Dataset[Any]):
-    """Decodes one request. A fault is returned: raised, it would reach the user inside the loader's traceback."""
-
-    def __init__(self, shards: ShardSet, image_size: int) -> None:
-        self.shards, self.image_size = shards, image_size
-
-    def __getitem__(self, request: tuple[Position, np.ndarray]) -> tuple[Position, Batch] | Exception:
-        position, ids = request
-        try:
-            return position, read_batch(self.shards, ids, self.image_size)
-        except (ValueError, OSError) as fault:
-            return fault
-
-
 def read_batch(shards: ShardSet, ids: np.ndarray, image_size: int) -> Batch:
     """The samples with these ids, in this order.
 
@@ -212,48 +185,44 @@ def read_batch(shards: ShardSet, ids: np.ndarray, image_size: int) -> Batch:
     """
     image = np.empty((len(ids), 3, image_size, image_size), dtype=np.uint8)
     label = np.empty(len(ids), dtype=np.int64)
+    keys = _fill(shards, ids, image, label)
+    return Batch(torch.from_numpy(image), torch.from_numpy(label), keys)
+
+
+def _fill(shards: ShardSet, ids: np.ndarray, image: np.ndarray, label: np.ndarray) -> list[str]:
     keys = []
     for place, sample in enumerate(ids.tolist()):
         raw = shards.read(sample)
         try:
             label[place] = read_label(raw.parts)
-            image[place] = decode(raw.parts, image_size)
+            image[place] = decode(raw.parts, image.shape[-1])
             if not 0 <= label[place] < len(shards.classes):
                 raise ValueError(f"the label {label[place]} is none of the set's {len(shards.classes)} classes")
         except ValueError as fault:
             file = shards.index.shards[shards.locate(sample)[0]].file
             raise ValueError(f"sample {raw.key!r} in shard {file} of {shards.address}: {fault}") from None
         keys.append(raw.key)
-    return Batch(torch.from_numpy(image), torch.from_numpy(label), keys)
+    return keys
 
 
 def _read_ahead(
-    shards: ShardSet, requests: Sampler[tuple[Position, np.ndarray]], image_size: int, num_workers: int
-) -> Iterator[tuple[Position, Batch]]:
-    loader = DataLoader(
-        _Reader(shards, image_size),
-        sampler=requests,
-        batch_size=None,  # a request is a batch already
-        collate_fn=_as_is,
+    shards: ShardSet, requests: Iterable[tuple[Tag, np.ndarray]], batch_size: int, image_size: int, num_workers: int
+) -> Generator[tuple[Tag, Batch], None, None]:
+    if not num_workers:
+        for tag, ids in requests:
+            yield tag, read_batch(shards, ids, image_size)
+        return
+    stream = fill_ahead(
+        partial(_fill, shards),
+        requests,
         num_workers=num_workers,
-        # Forked workers see the index without a copy and start in milliseconds. They touch neither the accelerator nor
-        # torch's thread pool, the two things that do not survive a fork.
-        multiprocessing_context="fork" if num_workers else None,
-        worker_init_fn=_start_worker if num_workers else None,
-        timeout=_WORKER_TIMEOUT_S if num_workers else 0,
-        pin_memory=bool(num_workers) and torch.cuda.is_available(),
-        # The loader draws a seed for its workers; from the global stream that would change the training run.
-        generator=torch.Generator(),
+        batch_size=batch_size,
+        image_size=image_size,
+        prepare=shards.reopen,
     )
-    iterator = iter(loader)
-    try:
-        for answer in iterator:
-            if isinstance(answer, Exception):
-                raise answer
-            position, batch = answer
-            yield position, batch
-    finally:
-        del iterator  # ends the workers now rather than when the garbage collector comes by
+    with closing(stream):  # ends the workers now rather than when the garbage collector comes by
+        for tag, image, label, keys in stream:
+            yield tag, Batch(image, label, keys)
 
 
 def _within(prefetch: Prefetch, stream: Iterator[Item]) -> Iterator[Item]:
@@ -261,16 +230,7 @@ def _within(prefetch: Prefetch, stream: Iterator[Item]) -> Iterator[Item]:
         yield from stream
 
 
-def _as_is(answer: Any) -> Any:
-    return answer
-
-
-def _start_worker(worker: int) -> None:
-    # The trainer's handlers (preemption, Ctrl-C) came along with the fork: a worker that swallowed SIGTERM could not be
-    # ended, and one that answered Ctrl-C would print a traceback of its own.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    info = get_worker_info()
-    assert info is not None
-    assert isinstance(info.dataset, _Reader)
-    info.dataset.shards.reopen()
+def _untagged(stream: Generator[tuple[Tag, Batch], None, None]) -> Iterator[Batch]:
+    with closing(stream):
+        for _, batch in stream:
+            yield batch
