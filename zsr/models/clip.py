@@ -117,9 +117,16 @@ class RobustCLIP(nn.Module):
                 module.training = training
         return torch.cat(parts)
 
+    def train(self, mode: bool = True) -> RobustCLIP:
+        super().train(mode)
+        self.image.train(mode)  # last: open_clip's model contains the tower, which knows what must stay in eval mode
+        return self
+
     def trained_state(self) -> dict[str, Tensor]:
-        """Everything fine-tuning can change, by name; what a checkpoint stores."""
+        """Everything fine-tuning can change, by name, and the frozen weights under a prompt; what a checkpoint stores."""
         state = {f"visual.{name}": value for name, value in self.image.visual.state_dict().items()}
+        if self.image.prompt is not None:
+            state |= {f"prompt.{name}": value for name, value in self.image.prompt.state_dict().items()}
         state |= {"text_projection": self.text_projection.detach()}
         if self.anchor_mean is not None and self.anchor_angle is not None:
             state |= {"anchor_mean": self.anchor_mean, "anchor_angle": self.anchor_angle}
@@ -136,9 +143,11 @@ class RobustCLIP(nn.Module):
         mine = self.trained_state()
         wrong = sorted(set(mine) ^ set(state)) or [name for name in mine if mine[name].shape != state[name].shape]
         if wrong:
+            way_out = "model.name to the model they were trained from"
+            if wrong[0].startswith("prompt."):
+                way_out = "model.adapt, model.prompt_tokens and model.prompt_pixels to what they were trained with"
             raise ValueError(
-                f"these weights do not fit {self.arch}: {len(wrong)} tensors differ, {wrong[0]} for one; "
-                "set model.name to the model they were trained from"
+                f"these weights do not fit {self.arch}: {len(wrong)} tensors differ, {wrong[0]} for one; set {way_out}"
             )
         with torch.no_grad():
             for name, value in mine.items():
@@ -169,7 +178,7 @@ def load_model(config: ModelConfig, precision: Precision = "fp32", device: str |
     """Load any open_clip model, or an embedded one, as a :class:`RobustCLIP`.
 
     Raises:
-        ValueError: unknown name, or no such weights.
+        ValueError: unknown name, no such weights, or options that its image tower cannot have.
     """
     import open_clip
 
@@ -190,7 +199,9 @@ def load_model(config: ModelConfig, precision: Precision = "fp32", device: str |
             raise ValueError(f"model.name={name} model.pretrained={pretrained}: cannot be loaded: {error}") from error
     if config.fast_attention:
         use_fast_attention(model)
-    return RobustCLIP(model, tokenizer, name, architecture, precision).to(device)
+    robust = RobustCLIP(model, tokenizer, name, architecture, precision)
+    robust.image.equip(config)
+    return robust.to(device)
 
 
 def _check_architecture(name: str, pretrained: str | None) -> None:

@@ -9,14 +9,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from zsr.models.clip import RobustCLIP, projection_owner
+from zsr.models.robust_attention import RobustAttention
 
 
 def export_open_clip(model: RobustCLIP, folder: Path) -> Path:
     """Write ``open_clip_config.json`` and ``open_clip_model.safetensors``.
 
     Raises:
-        ValueError: the text map was tuned, but this text tower has no projection to put it into.
+        ValueError: the model has what open_clip cannot carry: a prompt, attention of another kind, or a tuned text map
+            where the text tower has no projection to put it into.
     """
+    _check_image_tower(model)
     state = {name: value.detach().cpu() for name, value in model.open_clip.state_dict().items()}
     _put_projection(model, state)
     config = {"model_cfg": model.architecture, "preprocess_cfg": _json_ready(model.preprocess)}
@@ -27,6 +30,19 @@ def export_open_clip(model: RobustCLIP, folder: Path) -> Path:
         {name: value.contiguous().clone() for name, value in state.items()}, folder / "open_clip_model.safetensors"
     )
     return folder
+
+
+def _check_image_tower(model: RobustCLIP) -> None:
+    if model.image.prompt is not None:
+        raise ValueError(
+            f"model.adapt={model.image.prompt.adapt}: open_clip's models cannot carry a prompt, so there is no such export; "
+            "keep the checkpoint, which zsr eval reads, or train with model.adapt=weights"
+        )
+    if any(isinstance(module, RobustAttention) for module in model.image.modules()):
+        raise ValueError(
+            "model.attention_cap, model.attention_drop: open_clip has plain attention only, so there is no such export; "
+            "keep the checkpoint, which zsr eval reads, or train with both at 0"
+        )
 
 
 def _put_projection(model: RobustCLIP, state: dict[str, Tensor]) -> None:

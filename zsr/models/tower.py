@@ -5,6 +5,7 @@ Shapes: B images, D embedding width, E width inside the tower, L tokens of a seq
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zsr.config.schema import Precision
+from zsr.config.schema import ModelConfig, Precision
+from zsr.models.prompts import PadPrompt, TokenPrompt, make_prompt
+from zsr.models.robust_attention import HiddenColumns, use_plain_attention, use_robust_attention
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class ImageTower(nn.Module):
     Attributes:
         grid: rows and columns of the map of patches, at the model's image size; (0, 0) where there are no tokens.
         tokens_missing: why this tower has no patch tokens, a sentence; empty where it has.
+        prompt: what is trained in place of the weights, if anything (zsr/models/prompts.py).
+        columns: what hides columns of attention at random, if anything (zsr/models/robust_attention.py).
     """
 
     mean: Tensor
@@ -61,12 +66,45 @@ class ImageTower(nn.Module):
         self.is_vit, self.is_resnet = _family(visual)
         self.tokens_missing = "" if self.is_resnet else _why_no_tokens(visual, self.is_vit)
         self.grid = (0, 0) if self.tokens_missing else _grid(visual)
+        self.prompt: PadPrompt | TokenPrompt | None = None
+        self.columns: HiddenColumns | None = None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     @property
     def has_tokens(self) -> bool:
         return not self.tokens_missing
+
+    def equip(self, config: ModelConfig) -> None:
+        """Give the tower what the settings ask for beyond open_clip's: a prompt with frozen weights, robust attention.
+
+        Raises:
+            ValueError: this kind of tower cannot have it.
+        """
+        self.prompt = make_prompt(config, self.visual, self.is_vit)
+        if self.prompt is not None:
+            self.visual.requires_grad_(False)
+        self.columns = use_robust_attention(self.visual, config, self.is_vit)
+
+    def reseed(self, seed: int) -> None:
+        """Start the tower's own random stream anew; without ``model.attention_drop`` it has none, and nothing happens."""
+        if self.columns is not None:
+            self.columns.reseed(seed)
+
+    def pretrained_copy(self) -> ImageTower:
+        """A frozen copy in eval mode, without prompt and with plain attention: the pre-trained tower, before training."""
+        copied = copy.deepcopy(self)
+        copied.prompt = copied.columns = None
+        use_plain_attention(copied.visual)
+        return copied.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> ImageTower:
+        super().train(mode)
+        if self.prompt is not None:  # a frozen tower keeps its running statistics, too
+            for module in self.visual.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def forward(self, image_BCHW: Tensor, tokens: bool = False) -> ImageFeatures:
         """Encode images.
@@ -82,7 +120,10 @@ class ImageTower(nn.Module):
             raise ValueError(self.tokens_missing)
         encode = self._encode_vit if self.is_vit else self._encode_resnet if self.is_resnet else self._encode_other
         with torch.autocast(image_BCHW.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            raw_BD, class_BD, tokens_BPD = encode((image_BCHW - self.mean) / self.std, tokens)
+            input_BCHW = (image_BCHW - self.mean) / self.std
+            if isinstance(self.prompt, PadPrompt):
+                input_BCHW = self.prompt(input_BCHW)
+            raw_BD, class_BD, tokens_BPD = encode(input_BCHW, tokens)
         raw_BD = raw_BD.float()
         embed_BD = F.normalize(raw_BD, dim=-1)
         if tokens_BPD is None:
@@ -94,7 +135,11 @@ class ImageTower(nn.Module):
     def _encode_vit(self, input_BCHW: Tensor, tokens: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """open_clip's own stages, one by one: what the last block gives is needed for tokens."""
         visual = cast(Any, self.visual)
-        x_BLE = visual.transformer(visual._embeds(input_BCHW))
+        x_BLE = visual._embeds(input_BCHW)
+        if isinstance(self.prompt, TokenPrompt):
+            x_BLE = visual.transformer(self.prompt(x_BLE, visual.ln_pre))[:, : x_BLE.shape[1]]
+        else:
+            x_BLE = visual.transformer(x_BLE)
         raw_BD = self._project(visual._pool(x_BLE)[0])
         if not tokens:
             return raw_BD, None, None
