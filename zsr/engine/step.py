@@ -104,6 +104,9 @@ class TrainStep:
                 with torch.no_grad(), input_gradients_only(self.model.image):
                     return self.model.encode_image(image_BCHW, tokens)
             assert not attacking, f"{self.objective.config.name} reads {view} in its attack: name it in attack_views"
+            if view == "clean_fixed":
+                with torch.no_grad():
+                    return self.model.encode_image(image_BCHW, tokens)
             return self.model.encode_image(images[view], tokens)
 
         def cached_per_sample(name: str, of: PerSample) -> Tensor:
@@ -139,10 +142,10 @@ class TrainStep:
         loss = self.objective.loss(ctx)
         scalars["train/loss"] = loss.total
         scalars |= {f"train/term/{name}": term for name, term in loss.terms.items()}
-        for view, name in (("adv", "train/adv_acc"), ("clean", "train/clean_acc")):
+        for view, name in (("adv", "adv_acc"), ("clean", "clean_acc"), ("clean_fixed", "clean_acc")):
             if view in self.objective.views:
-                embed_BD = (ctx.adv if view == "adv" else ctx.clean).embed_BD.detach()
-                scalars[name] = (ctx.logits(embed_BD).argmax(-1) == label_B).double().mean()
+                embed_BD = getattr(ctx, view).embed_BD.detach()
+                scalars[f"train/{name}"] = (ctx.logits(embed_BD).argmax(-1) == label_B).double().mean()
         return StepOutput(loss, scalars)
 
     def _see_frozen(self, image_BCHW: Tensor, tokens: bool) -> ImageFeatures:

@@ -21,13 +21,16 @@ from zsr.config.plugins import Plugin, PluginConfig
 from zsr.config.schema import OBJECTIVES
 from zsr.models.tower import ImageFeatures
 
-View = Literal["adv", "clean", "extra", "start", "frozen_adv", "frozen_clean"]
+View = Literal["adv", "clean", "clean_fixed", "extra", "start", "frozen_adv", "frozen_clean"]
 """``adv``/``clean``: the model on the attacked/original image; ``extra``: the model on an image that the objective makes of
-the original (:meth:`Objective.extra_image`); ``frozen_*``: the pre-trained image tower. ``start`` is the model on the
-attack's starting point, a constant that the attack computes anyway and that costs nothing."""
+the original (:meth:`Objective.extra_image`); ``frozen_*``: the pre-trained image tower. ``clean_fixed`` is ``clean`` without
+a graph, for targets, at one unit instead of three. ``start`` is the model on the attack's starting point, a constant that
+the attack computes anyway and that costs nothing."""
 
 TRAINED_VIEWS: frozenset[View] = frozenset({"adv", "clean", "extra"})
 FROZEN_VIEWS: frozenset[View] = frozenset({"frozen_adv", "frozen_clean"})
+CONSTANT_VIEWS: frozenset[View] = FROZEN_VIEWS | {"clean_fixed"}
+"""Views of one forward pass and no backward pass."""
 
 PerSample = Callable[[ImageFeatures, Tensor], Tensor]
 """The frozen model's features of some clean images and their labels ``[B]`` to one row for each image, ``[B, ...]``."""
@@ -67,6 +70,10 @@ class StepContext:
     @property
     def clean(self) -> ImageFeatures:
         return self._view("clean")
+
+    @property
+    def clean_fixed(self) -> ImageFeatures:
+        return self._view("clean_fixed")
 
     @property
     def extra(self) -> ImageFeatures:
@@ -186,9 +193,9 @@ class Objective(Plugin[ObjectiveT]):
         return bool(self.views & {"adv", "start", "frozen_adv"})
 
     def cost_units(self, attack_steps: int) -> int:
-        """Image-encoder passes of one step: two per attack step, three per trained view, one per frozen view."""
+        """Image-encoder passes of one step: two per attack step, three per trained view, one per constant view."""
         attack = 2 * attack_steps if self.needs_attack else 0
-        return attack + 3 * len(self.views & TRAINED_VIEWS) + len(self.views & FROZEN_VIEWS)
+        return attack + 3 * len(self.views & TRAINED_VIEWS) + len(self.views & CONSTANT_VIEWS)
 
     def extra_image(self, image_BCHW: Tensor) -> Tensor:
         """The image of view ``extra``: pixels in [0, 1] to pixels in [0, 1], same shape."""
