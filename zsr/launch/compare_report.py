@@ -1,0 +1,172 @@
+"""What a comparison leaves behind: tables in Markdown, a picture, its page in the tracker."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zsr.config import RunConfig
+from zsr.launch.compare_waves import UNTOUCHED, Comparison, Outcome
+from zsr.launch.guard import ZERO_GRAD_LIMIT
+from zsr.launch.store import Store
+from zsr.tracking import make_tracker
+from zsr.tracking.plots import new_figure, save
+
+BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
+
+
+def publish(outcome: Outcome, comparison: Comparison, config: RunConfig, store: Store, report: Path | None) -> None:
+    """Write tables, numbers and picture into the comparison's folder, its tracker page and, if asked, a report file."""
+    folder = store.folder("results")
+    text = tables(outcome, comparison)
+    files = [folder / "tables.md", folder / "runs.json"]
+    files[0].write_text(text + "\n")
+    files[1].write_text(json.dumps({"chosen": outcome.chosen, "runs": outcome.runs}, indent=1) + "\n")
+    with contextlib.suppress(ModuleNotFoundError):  # a picture needs matplotlib; the tables say the same
+        files.append(draw(outcome, comparison, folder / "trade-off.png"))
+    tracker = make_tracker(
+        config.tracking,
+        run_name=comparison.name,
+        key={"comparison": comparison.name},
+        folder=store.folder("tracking"),
+        tags={"zsr.role": "comparison", "mlflow.note.content": text},
+    )
+    for file in files:
+        tracker.log_artifact(file)
+    tracker.finish("FAILED" if outcome.failed else "FINISHED")
+    print(text, flush=True)
+    print(f"report={files[0]}", flush=True)
+    if report is not None:
+        insert(report, text)
+        print(f"report={report}", flush=True)
+
+
+def insert(report: Path, text: str) -> None:
+    """Put the tables between the marks of a Markdown file; what people wrote around them stays."""
+    old = report.read_text() if report.exists() else ""
+    before, found, rest = old.partition(BEGIN)
+    after = rest.partition(END)[2] if found else ""
+    if not found and old:
+        before = old.rstrip() + "\n\n"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text(f"{before}{BEGIN}\n{text}\n{END}{after or chr(10)}")
+
+
+def tables(outcome: Outcome, comparison: Comparison) -> str:
+    """Every table, in Markdown: accuracies on each test set, bare and defended, then settings, cost and checks."""
+    measure = comparison.measure
+    parts = []
+    for address in measure.sets:
+        example = next(iter(outcome.runs.values()))[0]["measured"][address]
+        parts.append(
+            f"### {address}: {example['samples']} images, chance {100 * example['chance']:.1f} %\n\n"
+            f"Accuracy in %, mean and standard deviation over seeds; attack: {_words(measure.attack)}.\n"
+        )
+        parts.append(_accuracies(outcome, address, measure.eps, lambda found: found))
+        if measure.defence is not None:
+            parts.append(f"\nThe same images with {_words(measure.defence)} on top; the attack does not know of it.\n")
+            parts.append(_accuracies(outcome, address, measure.eps, lambda found: found["defended"]))
+        parts.append("")
+    parts += ["### Settings, cost and checks\n", _costs(outcome, comparison)]
+    return "\n".join(parts)
+
+
+def checks(run: Mapping[str, Any]) -> list[str]:
+    """Reasons not to believe a measured run's robust accuracies."""
+    found = list(run["flags"])
+    for address, measured in run["measured"].items():
+        robust = list(measured["robust"].values())
+        slack = 1.0 / measured["samples"]  # one image
+        if any(later > earlier + slack for earlier, later in itertools.pairwise(robust)):
+            found.append(f"{address}: a larger budget does less harm")
+        blind = max(measured["zero_grad_frac"].values(), default=0.0)
+        if blind > ZERO_GRAD_LIMIT:
+            found.append(f"{address}: {100 * blind:.0f}% of images without a gradient")
+        if any(value > measured["clean"] for value in robust):
+            found.append(f"{address}: robust above clean")
+    return found
+
+
+def draw(outcome: Outcome, comparison: Comparison, path: Path) -> Path:
+    """Clean against robust accuracy at the largest budget but one, a point for each objective, a panel for each set."""
+    eps = comparison.measure.eps[-2 if len(comparison.measure.eps) > 1 else -1]
+    sets = comparison.measure.sets
+    figure, axes = new_figure(columns=len(sets))
+    for panel, address in zip(axes if len(sets) > 1 else [axes], sets, strict=True):
+        for name, runs in outcome.runs.items():
+            clean = _mean([run["measured"][address]["clean"] for run in runs])
+            robust = _mean([run["measured"][address]["robust"][eps] for run in runs])
+            panel.scatter(100 * clean, 100 * robust, s=18)
+            panel.annotate(name, (100 * clean, 100 * robust), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        panel.set(xlabel="clean accuracy, %", ylabel=f"robust accuracy at {eps}, %", title=address)
+    save(figure, path)
+    return path
+
+
+def _accuracies(
+    outcome: Outcome, address: str, budgets: Sequence[str], pick: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> str:
+    rows = [["objective", "clean", *budgets]]
+    for name, runs in outcome.runs.items():
+        found = [pick(run["measured"][address]) for run in runs]
+        rows.append(
+            [
+                name,
+                _cell([one["clean"] for one in found]),
+                *(_cell([one["robust"][eps] for one in found]) for eps in budgets),
+            ]
+        )
+    return _markdown(rows)
+
+
+def _costs(outcome: Outcome, comparison: Comparison) -> str:
+    rows = [["objective", "chosen settings", "passes a step", "training, s", "seeds", "checks"]]
+    for name, runs in outcome.runs.items():
+        problems = sorted({problem for run in runs for problem in checks(run)})
+        if name == UNTOUCHED:
+            rows.append([name, "", "0", "0", "1", "; ".join(problems) or "none raised"])
+            continue
+        chosen = outcome.chosen[name]
+        seconds = _mean([run["train_s"] for run in runs])
+        rows.append(
+            [
+                name,
+                " ".join(chosen),
+                str(runs[0]["units"]),
+                f"{seconds:.0f}",
+                str(len(runs)),
+                "; ".join(problems) or "none raised",
+            ]
+        )
+    for name in comparison.objectives:
+        if name not in outcome.runs:
+            rows.append([name, "no run to be believed or none finished", "", "", "0", ""])
+    return _markdown(rows)
+
+
+def _cell(shares: Sequence[float]) -> str:
+    if len(shares) < 2:
+        return f"{100 * _mean(shares):.1f}"
+    mean = _mean(shares)
+    spread = math.sqrt(sum((share - mean) ** 2 for share in shares) / (len(shares) - 1))
+    return f"{100 * mean:.1f} ± {100 * spread:.1f}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    rest = " ".join(f"{key}={value}" for key, value in settings.items() if key != "name")
+    return f"`{settings['name']} {rest}`".replace(" `", "`")
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = ["| " + " | ".join(head) + " |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)])
