@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +75,38 @@ def test_train_evaluate_export(
     assert call("eval", "--model", exported, *options, "--json", tmp_path / "again.json") == 0
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["results"][0]["clean"] == content["results"][0]["clean"]
+
+
+def test_a_defence_is_gated_by_the_model_that_the_checkpoint_came_from(
+    settings: list[str], tiny_model_name: str, small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    assert call("train", "--local", "--output", run, *settings) == 0
+    assert call("export", run, "--out", exported) == 0
+
+    def defense_of(*model: object) -> dict[str, Any]:
+        capsys.readouterr()
+        options = ["--data", small_shards, "--eps", "4/255", "--steps", 1, "--num-samples", 10, "--defense", "ttc"]
+        assert call("eval", "--model", *model, *options, "--json", tmp_path / "results.json") == 0
+        return json.loads((tmp_path / "results.json").read_text())["protocol"]["defense"]
+
+    base = defense_of(tiny_model_name)
+    assert base["victim"] == base["gate"]
+    assert base["cost_units"] == 6
+
+    tuned = defense_of(run)
+    assert f"gate: {tiny_model_name}, image tower {base['victim']['image_sha256']}\n" in capsys.readouterr().out
+    assert tuned["gate"] == base["gate"]
+    assert tuned["victim"]["image_sha256"] != base["victim"]["image_sha256"]
+    assert tuned["cost_units"] == 8
+
+    # An exported folder does not know what it came from: it gates itself, unless told.
+    assert defense_of(exported)["cost_units"] == 6
+    assert "name the model it came from with --gate-model" in capsys.readouterr().out
+    told = defense_of(exported, "--gate-model", tiny_model_name)
+    assert told["gate"] == base["gate"]
+    assert told["victim"]["image_sha256"] == tuned["victim"]["image_sha256"]
+    assert told["cost_units"] == 8
 
 
 def test_a_runs_folder_means_its_latest_checkpoint(tmp_path: Path) -> None:
