@@ -144,7 +144,11 @@ def test_tokens_lie_row_by_row():
 
 
 def resnet() -> Any:
-    return ModifiedResNet([1, 1, 1, 1], output_dim=12, heads=4, image_size=64, width=8)
+    visual = ModifiedResNet([1, 1, 1, 1], output_dim=12, heads=4, image_size=64, width=8)
+    for module in visual.modules():
+        if isinstance(module, nn.Conv2d):  # or else the image would be lost on its way to the pool
+            nn.init.kaiming_normal_(module.weight)
+    return visual
 
 
 @torch.no_grad()
@@ -161,6 +165,7 @@ def test_tokens_of_a_resnet_are_the_pools_value_and_output_maps_at_each_place():
             place_BE = last_BEhw[:, :, row, column]
             expected = (place_BE @ value.weight.T + value.bias) @ output.weight.T + output.bias
             assert torch.allclose(found.tokens_BPD[:, row * 2 + column], expected, rtol=1e-4, atol=1e-5)
+    assert found.tokens_BPD.std(dim=(0, 1)).mean() > 0.05
     assert found.class_token_BD is None
 
 

@@ -7,9 +7,9 @@ against perturbations of all pixels is for an experiment to say:
 
     A = softmax(Q K^T / sqrt(d));  A <- min(A, cap);  A <- A with a random share of columns hidden;  A <- A / sum_k A
 
-- The cap holds before the division: with m keys at the cap, each of them may end above it. Keys at the cap pass no gradient
-  to queries and keys; a cap of at most 1 / L makes attention uniform. So look at the share of samples without an input
-  gradient when the cap is small.
+- The cap holds before the division, after which a weight may lie above it. A key at the cap passes no gradient to queries
+  and keys, and the smaller the cap, the nearer attention is to uniform: with a small one, look at the share of samples
+  without an input gradient before believing a robust accuracy.
 - Columns are hidden in eval mode only, which includes an attack in training. Each block draws anew at each forward pass, one
   set of columns for the whole batch and all heads; the class token's column is never hidden, those of prompt tokens may be.
   Attacking a random model takes the expectation over its randomness (EOT, Athalye et al., ICML 2018): a robust accuracy
