@@ -29,8 +29,8 @@ class ModelConfig(Config):
     """An open_clip architecture (``ViT-B-32``), ``hf-hub:owner/repo``, ``local-dir:folder``, or ``zsr:`` + embedded name."""
     pretrained: str | None = None
     """open_clip's pretrained tag, or a weights file, for an architecture name; the other forms bring their weights."""
-    fast_attention: bool = True
-    """Replace open_clip's attention by an equal, contiguous one (same parameters, same result, fewer copies)."""
+    fast_layers: bool = True
+    """Exchange open_clip's attention, linear layers and patch embedding for faster ones of equal parameters and results."""
     adapt: Literal["weights", "token_prompt", "pad_prompt"] = "weights"
     """What fine-tuning changes: the image tower's weights, or a prompt in front of the frozen tower (zsr/models/prompts.py)."""
     prompt_tokens: Count = 10

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zsr.config.plugins import suggest
 from zsr.config.schema import ModelConfig, Precision
 from zsr.models.anchors import class_embeddings, expand, fit_expansion
-from zsr.models.attention import use_fast_attention
+from zsr.models.fast_layers import use_fast_layers
 from zsr.models.tower import ImageFeatures, ImageTower
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -197,8 +197,8 @@ def load_model(config: ModelConfig, precision: Precision = "fp32", device: str |
             architecture = _architecture(name, model)
         except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(f"model.name={name} model.pretrained={pretrained}: cannot be loaded: {error}") from error
-    if config.fast_attention:
-        use_fast_attention(model)
+    if config.fast_layers:
+        use_fast_layers(model)
     robust = RobustCLIP(model, tokenizer, name, architecture, precision)
     robust.image.equip(config)
     return robust.to(device)
