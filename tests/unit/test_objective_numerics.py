@@ -190,7 +190,7 @@ def test_tima_equals_its_formula_in_value_and_gradient(settings):
 
 @pytest.mark.parametrize("form", ["bounded", "riesz"])
 def test_equal_prompts_take_no_part_in_the_energy_or_the_margin(form):
-    from zsr.objectives.tima import adaptive_margin, hyperspherical_energy
+    from zsr.objectives.text_spread import adaptive_margin, hyperspherical_energy
 
     case = make_case()
     twins = torch.zeros(C, C, dtype=torch.bool)
@@ -212,7 +212,7 @@ def test_equal_prompts_take_no_part_in_the_energy_or_the_margin(form):
 @pytest.mark.parametrize("num_classes", [1, 2])
 @pytest.mark.parametrize("form", ["bounded", "riesz"])
 def test_one_or_two_classes_give_finite_values(num_classes, form):
-    from zsr.objectives.tima import adaptive_margin, hyperspherical_energy
+    from zsr.objectives.text_spread import adaptive_margin, hyperspherical_energy
 
     text = torch.tensor(unit_rows(num_classes, D, 0), requires_grad=True)
     no_twins = torch.zeros(num_classes, num_classes, dtype=torch.bool)
@@ -223,7 +223,7 @@ def test_one_or_two_classes_give_finite_values(num_classes, form):
 
 @pytest.mark.parametrize("power", [0.0, 2.0, 12.0])
 def test_the_energy_stays_finite_in_float32_where_classes_nearly_coincide(power):
-    from zsr.objectives.tima import hyperspherical_energy
+    from zsr.objectives.text_spread import hyperspherical_energy
 
     text = torch.tensor(unit_rows(C, D, 0), dtype=torch.float32)
     text[1] = text[0]

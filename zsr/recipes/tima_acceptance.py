@@ -42,7 +42,8 @@ from zsr.engine.session import LocalSession
 from zsr.engine.step import duplicates
 from zsr.models import ImageFeatures, RobustCLIP, TextBank, class_embeddings, load_model
 from zsr.objectives.base import StepContext, View, pairs_of_different_classes
-from zsr.objectives.tima import TimaConfig, hyperspherical_energy
+from zsr.objectives.text_spread import hyperspherical_energy
+from zsr.objectives.tima import TimaConfig
 
 UNSEEN = ("zsr:emoji/val", "zsr:emoji/test_concepts", "zsr:emoji/test_both")
 LEVELS = (0, 1, 2, 4, 8)  # of 255
