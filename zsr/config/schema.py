@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,6 +43,15 @@ class ModelConfig(Config):
     """RAM: share of keys hidden at random in each attention of the image tower in eval mode; 0 is off."""
     expand_text: bool = False
     """Spread class embeddings out around their mean (LAAT), with the training classes' mean and widest angle."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_name(cls, data: Any) -> Any:
+        """Checkpoints from when attention was the only faster layer name the setting after it."""
+        if isinstance(data, dict) and "fast_attention" in data:
+            data = dict(data)
+            data.setdefault("fast_layers", data.pop("fast_attention"))
+        return data
 
 
 class DataConfig(Config):
