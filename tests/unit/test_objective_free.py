@@ -34,6 +34,7 @@ from zsr.engine.distributed import average_gradients
 from zsr.engine.step import TrainStep
 from zsr.models import ImageFeatures, TextBank, load_model
 from zsr.objectives.base import FROZEN_VIEWS, TRAINED_VIEWS, StepContext
+from zsr.objectives.catalog import entry, stated_units
 
 torch.set_num_threads(1)
 
@@ -254,6 +255,13 @@ def test_encoder_passes_are_those_that_the_cost_says(tmp_path, name, steps):
     counted = passes["student forward"] + passes["student backward to the input"] + trained + passes["frozen forward"]
     assert counted == objective.cost_units(steps)
     assert not text_passes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_file_says_what_it_is_and_what_it_costs(name):
+    described = entry(name)
+    assert "L = " in described.equation and described.title
+    assert stated_units(described.cost) == described.units, "say 'PGD-2 takes N', for default settings"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from zsr.cli import config, data, doctor, evaluate, export, sweep, train
+from zsr.cli import config, data, doctor, evaluate, export, objectives, sweep, train
 
 # Which extra brings a package that the core does without.
 _EXTRAS = {"ray": "ray", "optuna": "ray", "mlflow": "mlflow", "boto3": "s3", "botocore": "s3", "resvg_py": "recipes"}
@@ -28,6 +28,7 @@ app.command("sweep", context_settings={"allow_interspersed_args": False, "ignore
 app.command("eval")(evaluate.evaluate)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
+app.command("objectives")(objectives.objectives)
 app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)
 
