@@ -1,4 +1,4 @@
-"""Objectives on attention maps (TGA-ZSR) against their formulas, written again in plain float64 loops.
+"""Objectives on attention maps (TGA-ZSR, Comp-TGA) against their formulas, written again in plain float64 loops.
 
 B images, C classes, D embedding width, GRID rows and columns of patches, SIZE pixels on a map's side. Maps at the published
 size are compared with torch's own interpolation of every pixel, which the code under test does not use.
@@ -122,7 +122,7 @@ def slopes_of(
 
 # The comparisons.
 
-MAPS = ["tga_zsr"]
+MAPS = ["tga_zsr", "comp_tga"]
 WEIGHTS = {"weight_ar": 0.6, "weight_amc": 0.35, "map_size": SIZE}
 SETTINGS = [
     ({"map_axis": axis, "map_order": order, **weights}, class_token)
@@ -263,15 +263,25 @@ def test_without_its_extra_weights_it_is_tecoa_to_the_last_bit(name):
     )
 
 
-def test_weights_decide_the_views_and_the_cost():
+@pytest.mark.parametrize("name", MAPS)
+def test_weights_decide_the_views_and_the_cost(name):
     def made(**settings: float) -> tuple[set[str], int]:
-        objective = OBJECTIVES.build(OBJECTIVES.config_class("tga_zsr")(**settings))
+        objective = OBJECTIVES.build(OBJECTIVES.config_class(name)(**settings))
         return set(objective.views), objective.cost_units(2)
 
     assert made() == ({"adv", "clean", "frozen_clean"}, 11)
     assert made(weight_amc=0) == ({"adv", "frozen_clean"}, 8)
     assert made(weight_ar=0) == ({"adv", "clean", "frozen_clean"}, 11)
     assert made(weight_ar=0, weight_amc=0) == ({"adv"}, 7)
+
+
+def test_the_complement_has_a_prompt_of_its_own_with_the_class_name():
+    config = OBJECTIVES.config_class("comp_tga")
+    assert OBJECTIVES.build(config()).extra_templates == {"complement": "This is not a photo of a {}"}
+    assert OBJECTIVES.build(config(complement_template="no {}")).extra_templates == {"complement": "no {}"}
+    assert OBJECTIVES.build(config(weight_ar=0, weight_amc=0)).extra_templates == {}
+    with pytest.raises(ValueError, match=r"complement_template\n.*needs {} where the class name goes"):
+        config(complement_template="This is the background of the image")
 
 
 @pytest.mark.parametrize("name", MAPS)
