@@ -8,7 +8,8 @@ theta_max the largest such angle over the *training* classes,
 
 The published code rotates mu onto an axis, scales the polar angle and rotates back; this geodesic form is the same map
 without matrices of D x D (METHODS.md 6.1). New classes keep mu and theta_max of the training classes, so their angle may
-exceed a right angle; they need no training, which is what zero-shot use asks for.
+exceed a right angle; they need no training, which is what zero-shot use asks for. Beyond 2 theta_max the stretched angle
+passes pi and comes back round the other side, as it does in the published form.
 
 Shapes: C classes, K templates, E text width before projection, D embedding width.
 """
@@ -46,8 +47,8 @@ def fit_expansion(text_CD: Tensor) -> tuple[Tensor, Tensor]:
     angle = (text_CD @ mean_D).clamp(-1, 1).arccos().amax()
     if len(text_CD) < 2 or angle < 1e-3:
         raise ValueError(
-            f"model.expand_text: the {len(text_CD)} training class(es) have one embedding between them; "
-            "expansion needs two different classes"
+            f"model.expand_text (or objective.expand): the {len(text_CD)} training class(es) have one embedding between "
+            "them; expansion needs two different classes, so add one or turn it off"
         )
     return mean_D, angle
 
