@@ -1,6 +1,7 @@
 """LAAT's expansion of class embeddings, against the published way with rotation matrices.
 
-The reference rotates the mean onto an axis, scales polar angles and rotates back. It is plain Python lists and ``math``. C classes, D embedding width.
+The reference rotates the mean onto an axis, scales polar angles and rotates back, in plain Python lists and ``math``.
+C classes, D embedding width.
 """
 
 from __future__ import annotations
