@@ -19,6 +19,7 @@ from torch import Tensor
 from zsr.config.schema import OBJECTIVES
 from zsr.models import ImageFeatures
 from zsr.objectives.base import StepContext
+from zsr.objectives.text_spread import adaptive_margin, centred_similarity, hyperspherical_energy, semantic_consistency
 
 torch.set_num_threads(1)
 
@@ -92,26 +93,57 @@ def energy(text: Matrix, twins: frozenset[tuple[int, int]], form: str, power: fl
     return math.fsum(values) / len(values)
 
 
-def margin_of(case: Case, base: float, scale: float, sign: str) -> Callable[[int, int], float]:
-    """m_yj = m_0 + m_1 d_yj, d rescaled to [0, 1] over the other classes; minus for the other sign."""
+SHAPES = {"identity": lambda d: d, "sqrt": math.sqrt, "square": lambda d: d * d}
+
+
+def margin_of(
+    case: Case, base: float, scale: float, sign: str, text: Matrix | None = None, shape: str = "identity"
+) -> Callable[[int, int], float]:
+    """m_yj = m_0 + m_1 phi(d_yj), d rescaled to [0, 1] over the other classes; minus for the other sign."""
+    text = text or case.text0
 
     def margin(y: int, j: int) -> float:
         if (y, j) in case.twins:
             return 0.0  # nothing could tell the two apart
-        distances = {k: 1 - dot(case.text0[y], case.text0[k]) for k in range(C) if k != y and (y, k) not in case.twins}
+        distances = {k: 1 - dot(text[y], text[k]) for k in range(C) if k != y and (y, k) not in case.twins}
         low, high = min(distances.values()), max(distances.values())
-        d = (distances[j] - low) / (high - low)
+        d = SHAPES[shape]((distances[j] - low) / (high - low))
         return base + scale * d if sign == "distant" else base - scale * d
 
     return margin
 
 
+def similarities(text: Matrix, twins: frozenset[tuple[int, int]]) -> list[float]:
+    """Cosines of the ordered pairs of classes whose prompts differ."""
+    num = len(text)
+    return [dot(text[i], text[j]) for i in range(num) for j in range(num) if i != j and (i, j) not in twins]
+
+
+def consistency(text: Matrix, text0: Matrix, twins: frozenset[tuple[int, int]], form: str) -> float:
+    """min over a >= 0, b of mean (y - a x - b)^2, or 1 - corr(x, y), over similarities y now and x before."""
+    y, x = similarities(text, twins), similarities(text0, twins)
+    num = len(y)
+    sum_x, sum_y = math.fsum(x), math.fsum(y)
+    sum_xx, sum_xy = (math.fsum(p * q for p, q in zip(x, other, strict=True)) for other in (x, y))
+    if form == "correlation":
+        sum_yy = math.fsum(q * q for q in y)
+        together = num * sum_xy - sum_x * sum_y
+        return 1 - together / math.sqrt((num * sum_xx - sum_x**2) * (num * sum_yy - sum_y**2))
+    # The normal equations of a line; where its slope falls the best allowed one is flat.
+    a = max(0.0, (num * sum_xy - sum_x * sum_y) / (num * sum_xx - sum_x**2))
+    b = (sum_y - a * sum_x) / num
+    return math.fsum((q - a * p - b) ** 2 for p, q in zip(x, y, strict=True)) / num
+
+
 def tima_terms(case: Case, *, adv: Matrix, clean: Matrix, text: Matrix, o: dict[str, object]) -> dict[str, float]:
-    """The four terms. ``text`` stands where it is tuned; image terms see ``case.text``, a constant."""
+    """All terms. ``text`` stands where it is tuned; image terms and margins see ``case.text``, a constant."""
     distilled = adv if o["takd_view"] == "adv" else clean
-    margin = margin_of(case, o["margin_base"], o["margin_scale"], o["margin_sign"])
+    measured = case.text if o.get("margin_text") == "current" else case.text0
+    shape = o.get("margin_shape", "identity")
+    margin = margin_of(case, o["margin_base"], o["margin_scale"], o["margin_sign"], measured, shape)
     tau = o["temperature"]
-    return {
+    aaai26 = {"sc": consistency(text, case.text0, case.twins, o["sc_form"])} if o.get("variant") == "aaai26" else {}
+    return aaai26 | {
         "tam": cross_entropy(adv, case.text, case.label, margin),
         "takd": distillation(case.frozen_clean, case.text, distilled, case.text, tau),
         "mhe": energy(text, case.twins, o["mhe_form"], o["mhe_power"]),
@@ -188,10 +220,136 @@ def test_tima_equals_its_formula_in_value_and_gradient(settings):
     assert_close(gradients["text"], slopes(lambda rows: loss(text=rows), case.text), 1e-9)
 
 
+AAAI26_DEFAULTS = TIMA_DEFAULTS | {
+    "variant": "aaai26",
+    "weight_sc": 6.0,
+    "sc_form": "affine",
+    "margin_text": "current",
+    "margin_shape": "identity",
+}
+AAAI26_SETTINGS = [
+    {"sc_form": sc_form, "margin_text": text, "margin_shape": shape, "margin_sign": sign}
+    for sc_form, text in itertools.product(("affine", "correlation"), ("current", "original"))
+    for shape, sign in (("identity", "distant"), ("sqrt", "similar"), ("square", "distant"))
+] + [
+    {"weight_sc": 0.0},
+    {"weight_mhe": 0.0},
+    {"weight_iakd": 0.0, "temperature": 2.0},
+    {"weight_takd": 0.0},
+    {"mhe_form": "riesz", "takd_view": "clean"},
+]
+
+
+@pytest.mark.parametrize("related", [True, False])
+@pytest.mark.parametrize("settings", AAAI26_SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+def test_the_published_tima_equals_its_formula_in_value_and_gradient(settings, related):
+    # The slopes below are those of the minimum over a and b; the product holds both constant in its backward pass.
+    case, o = make_case(), AAAI26_DEFAULTS | settings
+    if related:  # text that has moved a little, so that the best a is above zero
+        case.text = [mixed(t0, t) for t0, t in zip(case.text0, case.text, strict=True)]
+    weights = {name: o[f"weight_{name}"] for name in ("tam", "takd", "mhe", "iakd")}
+    weights["sc"] = o["weight_mhe"] * o["weight_sc"]
+
+    def loss(adv: Matrix | None = None, clean: Matrix | None = None, text: Matrix | None = None) -> float:
+        terms = tima_terms(case, adv=adv or case.adv, clean=clean or case.clean, text=text or case.text, o=o)
+        return math.fsum(weights[name] * terms[name] for name in terms)
+
+    total, terms, gradients = run_objective("tima", o, case)
+    expected = tima_terms(case, adv=case.adv, clean=case.clean, text=case.text, o=o)
+    assert terms == pytest.approx({name: expected[name] for name in terms}, abs=1e-9)
+    assert set(terms) == {"tam"} | {name for name, weight in weights.items() if weight}
+    assert total == pytest.approx(loss(), abs=1e-9)
+    assert_close(gradients["adv"], slopes(lambda rows: loss(adv=rows), case.adv))
+    assert_close(gradients["text"], slopes(lambda rows: loss(text=rows), case.text))
+    if o["takd_view"] == "clean":
+        assert_close(gradients["clean"], slopes(lambda rows: loss(clean=rows), case.clean))
+
+
+def mixed(a: list[float], b: list[float]) -> list[float]:
+    row = [x + 0.2 * y for x, y in zip(a, b, strict=True)]
+    return [x / math.sqrt(dot(row, row)) for x in row]
+
+
+def consistency_of(text: Matrix, text0: Matrix, form: str) -> tuple[float, Matrix]:
+    """The product's value and gradient, all pairs counted."""
+    pairs = ~torch.eye(len(text), dtype=torch.bool)
+    leaf = torch.tensor(text, dtype=torch.float64, requires_grad=True)
+    original = centred_similarity(torch.tensor(text0, dtype=torch.float64), pairs)
+    value = semantic_consistency(leaf, original, pairs, form)
+    return value.item(), torch.autograd.grad(value, leaf)[0].tolist()
+
+
+def test_no_other_line_with_a_rising_slope_leaves_less_of_the_similarities():
+    for seed in range(6):
+        text, text0 = unit_rows(C, D, seed), unit_rows(C, D, seed + 50)
+        y, x = similarities(text, frozenset()), similarities(text0, frozenset())
+        value, _ = consistency_of(text, text0, "affine")
+
+        def residual(a: float, b: float, x: list[float] = x, y: list[float] = y) -> float:
+            return math.fsum((q - a * p - b) ** 2 for p, q in zip(x, y, strict=True)) / len(x)
+
+        found = min(residual(a / 100, b / 100) for a in range(101) for b in range(-60, 61))
+        assert value - 1e-12 <= found < value + 2e-4
+
+
+@pytest.mark.parametrize("form", ["affine", "correlation"])
+def test_consistency_lets_the_mean_fall_and_differences_shrink_but_not_the_order_turn(form):
+    text0 = unit_rows(C, D, 3)
+    # One more direction, shared by all classes: similarities become 0.6 x + 0.4, an affine map of the old ones.
+    same = [[*(math.sqrt(0.6) * x for x in row), math.sqrt(0.4)] for row in text0]
+    value, gradient = consistency_of(same, [[*row, 0.0] for row in text0], form)
+    assert value == pytest.approx(0, abs=1e-12)
+    assert_close(gradient, [[0.0] * (D + 1)] * C, 1e-7)
+    swapped = [text0[i] for i in (3, 4, 5, 0, 1, 2)]
+    assert consistency_of(swapped, text0, form)[0] > 0.01
+
+
+def test_reversed_similarities_are_no_agreement():
+    # Three classes: similarities x12, x13, x23 in the plane, and text whose similarities fall where the old ones rise.
+    plane = [[math.cos(a), math.sin(a)] for a in (0.0, 0.3, 1.2)]  # closest: 1-2
+    other = [[math.cos(a), math.sin(a)] for a in (0.0, 1.2, 0.3)]  # closest: 1-3; 1-2 the farthest
+    y = similarities(other, frozenset())
+    middle = math.fsum(y) / len(y)
+    x = similarities(plane, frozenset())
+    assert math.fsum(p * (q - middle) for p, q in zip(x, y, strict=True)) < 0
+    assert consistency_of(other, plane, "affine")[0] == pytest.approx(math.fsum((q - middle) ** 2 for q in y) / len(y))
+
+
+@pytest.mark.parametrize("form", ["affine", "correlation"])
+@pytest.mark.parametrize("num_classes", [1, 2])
+def test_consistency_of_one_or_two_classes_is_finite(num_classes, form):
+    value, gradient = consistency_of(unit_rows(num_classes, D, 0), unit_rows(num_classes, D, 1), form)
+    assert math.isfinite(value)
+    assert_close(gradient, [[0.0] * D] * num_classes)
+
+
+def test_the_margin_of_the_preprint_is_made_once_and_the_published_one_follows_the_text():
+    case = make_case()
+    rows = {key: getattr(case, key) for key in ("adv", "clean", "frozen_adv", "frozen_clean", "text", "text0")}
+    for settings, follows in (
+        ({}, False),
+        ({"variant": "aaai26"}, True),
+        ({"variant": "aaai26", "margin_text": "original"}, False),
+    ):
+        bench = Bench("tima", {"margin_scale": 0.2, **settings}, rows, case.label, scale=SCALE, twins=case.twins)
+        bench.objective.loss(bench.ctx)
+        assert ("tima/margin" in bench.ctx.constants) is not follows
+        assert ("tima/similarity" in bench.ctx.constants) is (settings.get("variant") == "aaai26")
+        assert not any(constant.requires_grad for constant in bench.ctx.constants.values())
+
+
+@pytest.mark.parametrize(
+    "setting", [{"weight_sc": 2.0}, {"sc_form": "correlation"}, {"margin_text": "original"}, {"margin_shape": "sqrt"}]
+)
+def test_the_preprints_variant_refuses_settings_of_the_published_one(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"{name}={value} is for variant=aaai26 .* leave it out"):
+        OBJECTIVES.config_class("tima")(**setting)
+    OBJECTIVES.config_class("tima")(**setting, variant="aaai26")
+
+
 @pytest.mark.parametrize("form", ["bounded", "riesz"])
 def test_equal_prompts_take_no_part_in_the_energy_or_the_margin(form):
-    from zsr.objectives.text_spread import adaptive_margin, hyperspherical_energy
-
     case = make_case()
     twins = torch.zeros(C, C, dtype=torch.bool)
     twins[2, 5] = twins[5, 2] = True
@@ -212,8 +370,6 @@ def test_equal_prompts_take_no_part_in_the_energy_or_the_margin(form):
 @pytest.mark.parametrize("num_classes", [1, 2])
 @pytest.mark.parametrize("form", ["bounded", "riesz"])
 def test_one_or_two_classes_give_finite_values(num_classes, form):
-    from zsr.objectives.text_spread import adaptive_margin, hyperspherical_energy
-
     text = torch.tensor(unit_rows(num_classes, D, 0), requires_grad=True)
     no_twins = torch.zeros(num_classes, num_classes, dtype=torch.bool)
     value = hyperspherical_energy(text, ~torch.eye(num_classes, dtype=torch.bool), form, 2.0)
@@ -223,8 +379,6 @@ def test_one_or_two_classes_give_finite_values(num_classes, form):
 
 @pytest.mark.parametrize("power", [0.0, 2.0, 12.0])
 def test_the_energy_stays_finite_in_float32_where_classes_nearly_coincide(power):
-    from zsr.objectives.text_spread import hyperspherical_energy
-
     text = torch.tensor(unit_rows(C, D, 0), dtype=torch.float32)
     text[1] = text[0]
     text[2] = torch.nn.functional.normalize(text[0] + 1e-6, dim=0)
@@ -235,7 +389,15 @@ def test_the_energy_stays_finite_in_float32_where_classes_nearly_coincide(power)
 
 
 @pytest.mark.parametrize("sign", ["distant", "similar"])
-@pytest.mark.parametrize("options", [{}, {"takd_view": "clean", "mhe_form": "riesz", "temperature": 3.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"takd_view": "clean", "mhe_form": "riesz", "temperature": 3.0},
+        {"variant": "aaai26"},
+        {"variant": "aaai26", "margin_shape": "sqrt", "sc_form": "correlation"},
+    ],
+)
 def test_tima_without_its_extra_terms_is_tecoa_to_the_last_bit(sign, options):
     case = make_case()
     reduced = OBJECTIVES.build(OBJECTIVES.config_class("tima")()).tecoa_settings
