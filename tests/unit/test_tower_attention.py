@@ -206,8 +206,8 @@ def load(folder: Path, **options: Any) -> RobustCLIP:
 @pytest.mark.parametrize("fast", [True, False])
 @torch.no_grad()
 def test_only_the_image_tower_changes_and_a_teacher_has_plain_attention(tmp_path, fast):
-    plain = load(tmp_path, fast_attention=fast)
-    model = load(tmp_path, attention_cap=0.05, attention_drop=0.3, fast_attention=fast)
+    plain = load(tmp_path, fast_layers=fast)
+    model = load(tmp_path, attention_cap=0.05, attention_drop=0.3, fast_layers=fast)
     changed = [name for name, module in model.open_clip.named_modules() if isinstance(module, RobustAttention)]
     assert changed == [f"visual.transformer.resblocks.{block}.attn" for block in range(2)]
     assert list(model.open_clip.state_dict()) == list(plain.open_clip.state_dict())
@@ -222,7 +222,7 @@ def test_only_the_image_tower_changes_and_a_teacher_has_plain_attention(tmp_path
 
 
 def test_faster_attention_asked_for_afterwards_leaves_it_alone(tmp_path):
-    model = load(tmp_path, attention_cap=0.5, fast_attention=False)
+    model = load(tmp_path, attention_cap=0.5, fast_layers=False)
     use_fast_attention(model)
     assert isinstance(model.image.visual.transformer.resblocks[0].attn, RobustAttention)
 
