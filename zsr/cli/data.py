@@ -26,6 +26,10 @@ def convert(
     ] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Of the order in which samples are laid into shards.")] = 0,
     licence: Annotated[str, typer.Option("--licence", help="Of the images, for the index.")] = "",
+    labels: Annotated[
+        bool,
+        typer.Option("--labels/--no-labels", help="Without: all images under FOLDER, for objectives such as fare."),
+    ] = True,
 ) -> None:
     """Turn a folder of images into shards with an index."""
     from zsr.data import convert as room
@@ -39,6 +43,7 @@ def convert(
         image_size=image_size,
         seed=seed,
         licence=licence,
+        labels=labels,
     )
     typer.echo(f"wrote {target}; check it with: zsr data verify {target}")
 
@@ -63,13 +68,13 @@ def info(address: Address) -> None:
     from zsr.data import convert as room
 
     found = room.info(address)
-    fewest, most = found["samples_per_class"]
+    per_class = "{}, with {} to {} images each".format(found["classes"], *found["samples_per_class"] or (0, 0))
     print_pairs(
         address,
         [
             ("name", found["name"]),
             ("images", str(found["samples"])),
-            ("classes", f"{found['classes']}, with {fewest} to {most} images each"),
+            ("classes", per_class if found["classes"] else "none: the set has no labels"),
             ("templates", " | ".join(found["templates"][:3])),
             ("shards", f"{found['shards']}, {found['bytes'] / 1e6:.1f} MB"),
             ("digest", found["digest"]),

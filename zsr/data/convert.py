@@ -50,6 +50,7 @@ def convert(
     image_size: int = 0,
     seed: int = 0,
     licence: str = "",
+    labels: bool = True,
     show_progress: bool = True,
 ) -> ShardIndex:
     """Write the images under ``source`` as shards, an index, and the class names and templates as CLIP_benchmark reads them.
@@ -65,6 +66,7 @@ def convert(
         seed: of the order in which samples are laid into shards. They are mixed, because training reads a few
             shards at a time.
         licence: of the images, for the index.
+        labels: without, every image anywhere under ``source`` is taken and the set has no classes.
         show_progress: draw a bar with the remaining time on stderr.
 
     Raises:
@@ -77,7 +79,7 @@ def convert(
     storage = open_storage(target)
     if _holds_a_set(storage):
         raise ValueError(f"{storage.address} holds a set already; choose another target or delete it first")
-    classes, files = list_images(source)
+    classes, files = list_images(source) if labels else ([], list_unlabelled(source))
     order = EpochPlan([len(files)], seed, 0, len(files), window=1).order.tolist()
     shards: list[Shard] = []
     bad: list[str] = []
@@ -149,6 +151,23 @@ def list_images(source: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     return [folder.name.replace("_", " ") for folder in folders], files
 
 
+def list_unlabelled(source: Path) -> list[tuple[Path, None]]:
+    """Every image under a folder, in a fixed order. Files of other kinds are counted in the log.
+
+    Raises:
+        ValueError: there is no such folder, or no image in it.
+    """
+    if not source.is_dir():
+        raise ValueError(f"there is no folder {source}")
+    found = sorted(path for path in source.rglob("*") if path.is_file())
+    images = [path for path in found if path.suffix[1:].lower() in (*EXTENSIONS, *_REENCODED)]
+    if not images:
+        raise ValueError(f"{source} holds no images")
+    if len(images) < len(found):
+        log.warning("event=files_ignored count=%d reason=not_an_image", len(found) - len(images))
+    return [(path, None) for path in images]
+
+
 def verify(address: str | Path, cache_dir: str | None = None, show_progress: bool = True) -> list[str]:
     """Read a whole set and compare it with its index.
 
@@ -176,7 +195,8 @@ def verify(address: str | Path, cache_dir: str | None = None, show_progress: boo
                     problems.append(f"{where}: the key occurs twice in the set")
                 keys.add(raw.key)
                 try:
-                    labels[read_label(raw.parts)] += 1
+                    if shards.has_labels:
+                        labels[read_label(raw.parts)] += 1
                     decode_whole(raw.parts)
                 except ValueError as fault:
                     problems.append(f"{where}: {fault}")
@@ -200,7 +220,7 @@ def info(address: str | Path) -> dict[str, Any]:
         "classes": len(index.classes),
         "shards": len(index.shards),
         "bytes": sum(shard.bytes for shard in index.shards),
-        "samples_per_class": [min(index.class_counts), max(index.class_counts)],
+        "samples_per_class": [min(index.class_counts), max(index.class_counts)] if index.class_counts else [],
         "digest": hashlib.sha256(json.dumps([shard.sha256 for shard in index.shards]).encode()).hexdigest()[:16],
     }
 
@@ -217,18 +237,19 @@ def sample(address: str | Path, out: Path, *, seed: int = 0, columns: int = 8, r
         left = margin + place % columns * (side + margin)
         top = margin + place // columns * (side + line + margin)
         sheet.paste(Image.fromarray(decode(raw.parts, side).transpose(1, 2, 0)), (left, top))
-        text = shards.classes[read_label(raw.parts)]
+        text = shards.classes[read_label(raw.parts)] if shards.has_labels else raw.key
         while len(text) > 1 and pen.textlength(text) > side:
             text = text[:-1]
         pen.text((left, top + side), text, fill="black")
     sheet.save(out, format="PNG")
 
 
-def _make_sample(number: int, path: Path, label: int, image_size: int) -> dict[str, Any]:
+def _make_sample(number: int, path: Path, label: int | None, image_size: int) -> dict[str, Any]:
     """What TarWriter writes; the key keeps a trace of the source file and is unique by its number."""
     extension, content = _stored_form(path, image_size)
     stem = re.sub("[^A-Za-z0-9-]+", "-", path.stem)[:60].strip("-")
-    return {"__key__": f"{number:08d}-{stem}", "cls": str(label).encode(), extension: content}
+    known = {} if label is None else {"cls": str(label).encode()}
+    return {"__key__": f"{number:08d}-{stem}", **known, extension: content}
 
 
 def _stored_form(path: Path, image_size: int) -> tuple[str, bytes]:

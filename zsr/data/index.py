@@ -30,7 +30,8 @@ class Shard(Config):
 
 
 class ShardIndex(Config):
-    """Everything that is known about a set without reading its shards; classes are numbered in list order."""
+    """Everything that is known about a set without reading its shards; classes are numbered in list order. A set without
+    classes has no labels: objectives that use none can train on it."""
 
     format: Literal["zsr-shards-1"] = "zsr-shards-1"
     name: str
@@ -49,7 +50,7 @@ class ShardIndex(Config):
             raise ValueError(f"samples={self.samples}, but the shards listed hold {total}")
         if len(self.class_counts) != len(self.classes):
             raise ValueError(f"class_counts has {len(self.class_counts)} entries for {len(self.classes)} classes")
-        if sum(self.class_counts) != self.samples:
+        if self.classes and sum(self.class_counts) != self.samples:
             raise ValueError(f"class_counts adds up to {sum(self.class_counts)}, but samples={self.samples}")
         files = [shard.file for shard in self.shards]
         if len(set(files)) != len(files):

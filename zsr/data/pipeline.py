@@ -32,10 +32,12 @@ Item = TypeVar("Item")
 # evaluated on the same images.
 _SUBSET_SEED = 0
 
+_NO_LABEL = -1  # of every sample of a set without classes
+
 
 @dataclass
 class Batch:
-    """Images (uint8 [B, 3, H, W], pixel values 0..255), labels (int64 [B]) and sample keys (B)."""
+    """Images (uint8 [B, 3, H, W], pixel values 0..255), labels (int64 [B], -1 in a set without labels), sample keys (B)."""
 
     image: Tensor
     label: Tensor
@@ -194,9 +196,9 @@ def _fill(shards: ShardSet, ids: np.ndarray, image: np.ndarray, label: np.ndarra
     for place, sample in enumerate(ids.tolist()):
         raw = shards.read(sample)
         try:
-            label[place] = read_label(raw.parts)
+            label[place] = read_label(raw.parts) if shards.has_labels else _NO_LABEL
             image[place] = decode(raw.parts, image.shape[-1])
-            if not 0 <= label[place] < len(shards.classes):
+            if shards.has_labels and not 0 <= label[place] < len(shards.classes):
                 raise ValueError(f"the label {label[place]} is none of the set's {len(shards.classes)} classes")
         except ValueError as fault:
             file = shards.index.shards[shards.locate(sample)[0]].file

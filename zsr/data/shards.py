@@ -70,6 +70,10 @@ class ShardSet:
         return self.index.classes
 
     @property
+    def has_labels(self) -> bool:
+        return bool(self.index.classes)
+
+    @property
     def templates(self) -> list[str]:
         return self.index.templates
 

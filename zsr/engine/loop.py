@@ -76,7 +76,16 @@ class Trainer:
         self.val_set = ShardSet(config.data.val, cache)
         self.model = load_model(config.model, config.train.precision, self.device)
         self.bank = TextBank(self.model, None if cache is None else Path(cache) / "text")
-        self.step_fn = TrainStep(config, self.model, self.bank, self.train_set.classes, self._templates(self.train_set))
+        # Without classes of its own the training set needs none: the validation set's stand in where text is asked for.
+        named = self.train_set if self.train_set.has_labels else self.val_set
+        self.step_fn = TrainStep(config, self.model, self.bank, named.classes, self._templates(named))
+        if self.step_fn.objective.uses_labels and not self.train_set.has_labels:
+            raise ValueError(
+                f"data.train={config.data.train}: has no labels, and objective.name={config.objective.name} uses them; "
+                "choose an objective that uses none (fare), or convert the images with their classes"
+            )
+        if not self.val_set.has_labels:
+            raise ValueError(f"data.val={config.data.val}: has no labels; accuracy needs a set with classes")
         self.optimizer = make_optimizer(config.optim, self.step_fn.parameters)
         self.val_attack = ATTACKS.build(config.eval.attack)
 

@@ -83,6 +83,8 @@ def evaluate_sets(
     measured: dict[str, Attack[Any] | None] = {**attacks} if attacks else {"clean": None}
     rows = []
     for shards in sets:
+        if not shards.has_labels:
+            raise ValueError(f"{shards.address}: has no labels; accuracy needs a set with classes")
         prompt = shards.templates[0] if template is None else template
         head = ZeroShotHead(model, bank, shards.classes, [prompt])
         options: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
