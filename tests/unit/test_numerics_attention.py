@@ -1,4 +1,4 @@
-"""Objectives on attention maps (TGA-ZSR, Comp-TGA) against their formulas, written again in plain float64 loops.
+"""Objectives on attention maps (TGA-ZSR, Comp-TGA, CCR and CCS) against their formulas, written again in plain float64 loops.
 
 B images, C classes, D embedding width, GRID rows and columns of patches, SIZE pixels on a map's side. Maps at the published
 size are compared with torch's own interpolation of every pixel, which the code under test does not use.
@@ -19,8 +19,9 @@ from formula import Bench, Case, Matrix, Vector, assert_close, assert_zero, dot,
 from torch import Tensor
 
 from zsr.config.schema import OBJECTIVES
-from zsr.models import ImageFeatures
+from zsr.models import ImageFeatures, ImageTower
 from zsr.objectives.attention_map import bilinear_matrix, extreme_pixels, grid_of, min_max, triangular_factor
+from zsr.objectives.base import StepContext
 
 torch.set_num_threads(1)
 
@@ -312,3 +313,160 @@ def test_without_a_grid_a_square_is_assumed_and_nothing_else():
     assert grid_of(ImageFeatures(tokens_BPD[:, 0], tokens_BPD[:, 0], tokens_BPD[:, :4])) == (2, 2)
     with pytest.raises(ValueError, match=r"6 patch tokens make no square map; give ImageFeatures.grid"):
         grid_of(ImageFeatures(tokens_BPD[:, 0], tokens_BPD[:, 0], tokens_BPD))
+
+
+# CCR and CCS.
+
+TWINS = frozenset({(2, 3), (3, 2)})  # classes 2 and 3 have one prompt: neither may be swapped in for the other
+
+
+def unit(row: Vector) -> Vector:
+    return [x / math.sqrt(dot(row, row)) for x in row]
+
+
+def constraint_case() -> Case:
+    case: Case = {"adv": unit_rows(B, D, 0), "adv_tokens": random_rows(B, 4, D, seed=41)}
+    case["text"], case["text0"] = unit_rows(C, D, 42), unit_rows(C, D, 43)
+    for key in ("text", "text0"):
+        case[key][3] = list(case[key][2])
+    return case
+
+
+def swapped_in(case: Case, label: list[int], i: int, swap: str) -> int | None:
+    """The class that takes the place of image i's; None if there is none."""
+    usable = [j for j in range(len(case["text"])) if j != label[i] and (label[i], j) not in TWINS]
+    if swap == "batch":
+        following = [*label[i + 1 :], *label[:i]]
+        return next((j for j in following if j in usable), None)
+    return max(usable, key=lambda j: dot(case["text0"][label[i]], case["text0"][j]), default=None)
+
+
+def constraint(case: Case, tokens: Matrix, label: list[int], i: int, term: str, o: dict[str, Any]) -> float:
+    """The hinge of image i."""
+    t_y = case["text"][label[i]]
+    units = [unit(token) for token in tokens]
+    fits = [math.exp(dot(u, t_y) / o["temperature"]) for u in units]
+    w = [fit / math.fsum(fits) for fit in fits]
+    attended = unit([math.fsum(w[p] * units[p][d] for p in range(len(w))) for d in range(D)])
+    if term == "ccs":
+        j = swapped_in(case, label, i, o["swap"])
+        return 0.0 if j is None else max(0.0, o["margin"] - dot(t_y, attended) + dot(case["text"][j], attended))
+    reversed_w = [(1 - x) / math.fsum(1 - y for y in w) for x in w]
+    left_out = unit([math.fsum(reversed_w[p] * units[p][d] for p in range(len(w))) for d in range(D)])
+    return max(0.0, o["margin"] - dot(t_y, attended) + dot(t_y, left_out))
+
+
+CONSTRAINTS = {"weight_ccr": 0.7, "weight_ccs": 1.3, "margin": 0.4, "temperature": 0.6, "swap": "confusable"}
+
+
+@pytest.mark.parametrize("label", [[2, 0, 3], [3, 2, 3], [1, 1, 0]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"swap": "batch"},
+        {"margin": 0.0},
+        {"margin": 3.0, "temperature": 0.05},
+        {"weight_ccr": 0.0},
+        {"weight_ccs": 0.0},
+    ],
+    ids=str,
+)
+def test_the_constraints_equal_their_formula_in_value_and_gradient(options, label):
+    case, o = constraint_case(), CONSTRAINTS | options
+    total, terms, gradients = Bench("ccr_ccs", o, case, label, scale=SCALE, twins=TWINS).loss()
+    _, tecoa, of_tecoa = Bench("tecoa", {}, case, label, scale=SCALE, twins=TWINS).loss()
+    weights = {term: o[f"weight_{term}"] for term in ("ccr", "ccs") if o[f"weight_{term}"]}
+    assert set(terms) == {"ce", *weights}
+    assert terms["ce"] == tecoa["ce"]
+    for term in weights:
+        expected = math.fsum(constraint(case, case["adv_tokens"][i], label, i, term, o) for i in range(B)) / B
+        assert terms[term] == pytest.approx(expected, abs=1e-9)
+    expected = terms["ce"] + math.fsum(weight * terms[term] for term, weight in weights.items())
+    assert total == pytest.approx(expected, abs=1e-9)
+    by_token = gradients.pop("adv_tokens")
+    for i in range(B):
+
+        def part(tokens: Matrix, i: int = i) -> float:
+            return math.fsum(w * constraint(case, tokens, label, i, term, o) / B for term, w in weights.items())
+
+        assert_close(by_token[i], slopes(part, case["adv_tokens"][i], h=1e-3))
+    of_tecoa.pop("adv_tokens")
+    assert gradients == of_tecoa
+
+
+def test_the_cases_see_both_sides_of_the_hinge_and_both_kinds_of_swap():
+    case = constraint_case()
+    for term in ("ccr", "ccs"):
+        hinges = [constraint(case, case["adv_tokens"][i], LABEL, i, term, CONSTRAINTS) for i in range(B)]
+        assert min(hinges) == 0 and max(hinges) > 0.1
+    swaps = [[swapped_in(case, LABEL, i, swap) for i in range(B)] for swap in ("confusable", "batch")]
+    assert swaps[0] != swaps[1] and LABEL[2] == 3 and swaps[1][2] == 0  # 2 follows, a twin of 3
+
+
+def test_a_batch_of_one_prompt_has_nothing_to_swap_in():
+    case, label = constraint_case(), [3, 2, 3]
+    assert [swapped_in(case, label, i, "batch") for i in range(B)] == [None] * B
+    _, terms, _ = Bench("ccr_ccs", {"swap": "batch"}, case, label, scale=SCALE, twins=TWINS).loss()
+    assert terms["ccs"] == 0
+    alone = {key: rows[:1] for key, rows in case.items()}
+    _, terms, _ = Bench("ccr_ccs", {"swap": "confusable"}, alone, [0], scale=SCALE).loss()
+    assert terms["ccs"] == 0
+
+
+def test_re_sourcing_needs_two_patches():
+    case = constraint_case()
+    case["adv_tokens"] = [tokens[:1] for tokens in case["adv_tokens"]]
+    with pytest.raises(ValueError, match=r"objective.weight_ccr=1.0: needs two patches or more.*use 0"):
+        Bench("ccr_ccs", {}, case, LABEL, scale=SCALE).loss()
+    assert set(Bench("ccr_ccs", {"weight_ccr": 0}, case, LABEL, scale=SCALE).loss()[1]) == {"ce", "ccs"}
+
+
+def test_without_its_constraints_it_is_tecoa_to_the_last_bit():
+    bench = Bench("ccr_ccs", {"weight_ccr": 0, "weight_ccs": 0}, constraint_case(), LABEL, scale=SCALE)
+    assert bench.objective.views == {"adv"} and bench.objective.cost_units(2) == 7
+    assert bench.loss() == Bench("tecoa", {}, constraint_case(), LABEL, scale=SCALE).loss()
+
+
+# Towers.
+
+
+def make_tower(kind: str) -> ImageTower:
+    from open_clip.modified_resnet import (
+        ModifiedResNet,
+    )  # after zsr, which makes torchvision importable beside CPU torch
+    from open_clip.transformer import VisionTransformer
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "resnet":
+            visual = ModifiedResNet([1, 1, 1, 1], output_dim=16, heads=4, image_size=64, width=8)
+        else:
+            size = {"image_size": (32, 48), "patch_size": 16, "width": 16, "layers": 1, "heads": 2, "mlp_ratio": 2.0}
+            visual = VisionTransformer(**size, output_dim=16, pool_type=kind)
+    return ImageTower(visual, (0.5,) * 3, (0.25,) * 3, "fp32").eval()
+
+
+@pytest.mark.parametrize("kind", ["tok", "avg", "resnet"])
+@pytest.mark.parametrize("name", [*MAPS, "ccr_ccs"])
+def test_towers_of_every_kind_get_finite_terms_and_gradients(name, kind):
+    tower, generator = make_tower(kind), torch.Generator().manual_seed(2)
+    image_BCHW = torch.rand(B, 3, *((64, 64) if kind == "resnet" else (32, 48)), generator=generator)
+    text_CD, other_CD = (F.normalize(torch.randn(C, 16, generator=generator), dim=-1) for _ in range(2))
+    views = {"adv": image_BCHW.flip(2), "clean": image_BCHW, "frozen_clean": image_BCHW}
+
+    def make_view(view: str) -> ImageFeatures:
+        with torch.set_grad_enabled(view != "frozen_clean"):
+            return tower(views[view], tokens=True)
+
+    same_CC = torch.zeros(C, C, dtype=torch.bool)
+    ctx = StepContext(torch.tensor(LABEL), torch.tensor(SCALE), text_CD, text_CD, same_CC, make_view)
+    ctx.extra_text_CD = {"complement": other_CD}
+    loss = OBJECTIVES.build(OBJECTIVES.config_class(name)()).loss(ctx)
+    loss.total.backward()
+    moved = {"tga_zsr": "ar", "comp_tga": "ar", "ccr_ccs": "ccs"}[name]
+    assert loss.terms[moved] > 0 and all(torch.isfinite(term) for term in loss.terms.values())
+    gradients = [p.grad for p in tower.parameters() if p.grad is not None]
+    assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
+    if name in MAPS:
+        assert loss.terms["amc"] < 1e-3 * loss.terms["ar"]  # the tower has not moved
