@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from zsr.cli import config, data, doctor, evaluate, export, objectives, sweep, train
+from zsr.cli import bench, config, data, doctor, evaluate, export, objectives, sweep, train
 
 # Which extra brings a package that the core does without.
 _EXTRAS = {"ray": "ray", "optuna": "ray", "mlflow": "mlflow", "boto3": "s3", "botocore": "s3", "resvg_py": "recipes"}
@@ -31,6 +31,7 @@ app.add_typer(config.app, name="config")
 app.command("objectives")(objectives.objectives)
 app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback()
