@@ -96,6 +96,7 @@ def evaluate(
     counts = torch.zeros(4, dtype=torch.float64, device=device)
     mine = len(subset_ids(len(shards), num_samples)[rank::world_size])
     done = 0
+    head.model.image.reseed(seed)
     with input_gradients_only(head.model.image):
         for batch in eval_batches(
             shards,

@@ -5,7 +5,6 @@ Shapes: B images, C classes, K templates, D embedding width, E text width before
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,7 +48,8 @@ class TrainStep:
         self.attack: Attack = ATTACKS.build(config.attack)  # type: ignore[type-arg]
         if self.objective.needs_tokens and not model.image.has_tokens:
             raise ValueError(
-                f"objective.name={config.objective.name}: needs patch tokens, and {model.arch} has none; choose a ViT"
+                f"objective.name={config.objective.name} needs patch tokens, and model.name={config.model.name} has none: "
+                f"{model.image.tokens_missing}"
             )
         model.text_projection.requires_grad_(self.objective.tunes_text)
         self.frozen = self._copy_frozen()
@@ -87,6 +87,7 @@ class TrainStep:
             progress: of training, in [0, 1].
             keys: of the samples, for what is kept by sample; without them nothing is kept.
         """
+        self.model.image.reseed(seeds[0])  # a resumed run draws what the uninterrupted one would have drawn
         text_CD = self.text0_CD  # a constant unless the text side is tuned
         if self.objective.tunes_text:
             text_CD = self.model.class_embeddings(self.features_CKE)
@@ -172,10 +173,7 @@ class TrainStep:
     def _copy_frozen(self) -> ImageTower | None:
         if not self.objective.views & FROZEN_VIEWS:
             return None
-        frozen = copy.deepcopy(self.model.image)
-        frozen.requires_grad_(False)
-        frozen.eval()
-        return frozen
+        return self.model.image.pretrained_copy()
 
 
 def duplicates(text_CD: Tensor) -> Tensor:

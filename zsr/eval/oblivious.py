@@ -57,6 +57,7 @@ def evaluate_oblivious(
     counts = torch.zeros(2, 3, dtype=torch.float64, device=device)
     total = len(subset_ids(len(shards), num_samples))
     done = 0
+    head.model.image.reseed(seed)
     with input_gradients_only(defended.model.image, defended.frozen):
         for batch in eval_batches(
             shards, image_size=head.model.image_size, batch_size=batch_size, num_samples=num_samples

@@ -137,4 +137,4 @@ def _defended(measure: Mapping[str, Any], model: Any, config: RunConfig, untouch
 
     config_class = DEFENSES.config_class(measure["defence"]["name"])
     defence = DEFENSES.build(config_class.model_validate(measure["defence"]))
-    return DefendedCLIP(model, defence, frozen=None if untouched else load_model(config.model).eval().image)
+    return DefendedCLIP(model, defence, frozen=None if untouched else load_model(config.model).image.pretrained_copy())

@@ -75,7 +75,10 @@ def compare(final: Final, plan: Plan, best_model: Path) -> Comparison:
     attack = ATTACKS.build(config.eval.attack)
     label = f"{config.eval.attack.name}-{getattr(config.eval.attack, 'steps', '')}"
     sets = [ShardSet(address, config.data.cache_dir) for address in final.sets]
-    models = {UNTOUCHED: config.model, BEST: ModelConfig(name=f"local-dir:{best_model}")}
+    untouched = config.model.model_copy(
+        update={"adapt": "weights", "attention_cap": 0.0, "attention_drop": 0.0, "expand_text": False}
+    )
+    models = {UNTOUCHED: untouched, BEST: ModelConfig(name=f"local-dir:{best_model}")}
     results = {}
     for name, model_config in models.items():
         print(f"stage=final model={name.replace(' ', '_')} sets={','.join(final.sets)}", flush=True)

@@ -16,10 +16,10 @@ def export_open_clip(model: RobustCLIP, folder: Path) -> Path:
     """Write ``open_clip_config.json`` and ``open_clip_model.safetensors``.
 
     Raises:
-        ValueError: the model has what open_clip cannot carry: a prompt, attention of another kind, or a tuned text map
-            where the text tower has no projection to put it into.
+        ValueError: the model has what open_clip cannot carry: a prompt, attention of another kind, expanded class
+            embeddings, or a tuned text map where the text tower has no projection to put it into.
     """
-    _check_image_tower(model)
+    _check_carried(model)
     state = {name: value.detach().cpu() for name, value in model.open_clip.state_dict().items()}
     _put_projection(model, state)
     config = {"model_cfg": model.architecture, "preprocess_cfg": _json_ready(model.preprocess)}
@@ -32,7 +32,12 @@ def export_open_clip(model: RobustCLIP, folder: Path) -> Path:
     return folder
 
 
-def _check_image_tower(model: RobustCLIP) -> None:
+def _check_carried(model: RobustCLIP) -> None:
+    if model.anchor_mean is not None:
+        raise ValueError(
+            "model.expand_text: open_clip cannot carry the expansion of class embeddings, so there is no such export; keep the "
+            "checkpoint, which zsr eval reads, or train without the expansion (objective laat: objective.expand=false)"
+        )
     if model.image.prompt is not None:
         raise ValueError(
             f"model.adapt={model.image.prompt.adapt}: open_clip's models cannot carry a prompt, so there is no such export; "

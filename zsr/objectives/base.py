@@ -62,6 +62,7 @@ class StepContext:
     constants: dict[str, Tensor] = field(default_factory=dict)
     cached_per_sample: Callable[[str, PerSample], Tensor] | None = None
     _views: dict[View, ImageFeatures] = field(default_factory=dict)
+    _rows: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def adv(self) -> ImageFeatures:
@@ -102,9 +103,11 @@ class StepContext:
         Prefer it to ``frozen_clean``: with ``train.cache_frozen`` the rows are kept by sample key under ``name``, and from
         the second epoch on neither ``of`` nor the frozen tower runs.
         """
-        if self.cached_per_sample is not None:
-            return self.cached_per_sample(name, of)
-        return of(self.frozen_clean, self.label_B)
+        if self.cached_per_sample is None:
+            return of(self.frozen_clean, self.label_B)
+        if name not in self._rows:  # an attack asks in each of its steps
+            self._rows[name] = self.cached_per_sample(name, of)
+        return self._rows[name]
 
     def constant(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """A constant of the run, made at the first step that asks for it."""
@@ -193,8 +196,12 @@ class Objective(Plugin[ObjectiveT]):
         return bool(self.views & {"adv", "start", "frozen_adv"})
 
     def cost_units(self, attack_steps: int) -> int:
-        """Image-encoder passes of one step: two per attack step, three per trained view, one per constant view."""
+        """Image-encoder passes of one step: two per attack step, three per trained view, one per constant view.
+
+        View ``start`` is free: the attack's first step has made it. An attack without a step has not.
+        """
         attack = 2 * attack_steps if self.needs_attack else 0
+        attack += "start" in self.views and attack_steps == 0
         return attack + 3 * len(self.views & TRAINED_VIEWS) + len(self.views & CONSTANT_VIEWS)
 
     def extra_image(self, image_BCHW: Tensor) -> Tensor:

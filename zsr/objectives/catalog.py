@@ -79,7 +79,7 @@ def entries() -> list[Entry]:
 
 def stated_units(cost: str) -> int | None:
     """The number in "PGD-2 takes 7" or "3 units", as a file's cost paragraph states it for default settings."""
-    stated = re.search(r"PGD-2[^.;]* takes (\d+)", cost) or re.match(r"(\d+) units?\b", cost)
+    stated = re.search(r"PGD-2(?: [^.;,\d]*)? takes (\d+)", cost) or re.match(r"(\d+) units?\b", cost)
     return int(stated[1]) if stated else None
 
 
