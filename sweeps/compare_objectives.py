@@ -10,43 +10,66 @@ import sys
 
 from zsr.launch.compare import Comparison, Measure, main
 
-RATES = ("optim.lr=2e-3", "optim.lr=5e-4")
+FAST, SLOW = "optim.lr=2e-3", "optim.lr=5e-4"
 
 
-def candidates(**weights: tuple[float, float]) -> tuple[tuple[str, ...], ...]:
-    """Four settings for each objective: two learning rates, and two strengths of what it adds to cross-entropy.
+def rates(*settings: str) -> tuple[tuple[str, ...], ...]:
+    """Four learning rates, where there is nothing else to choose."""
+    return tuple((*settings, f"optim.lr={rate}") for rate in ("4e-3", "2e-3", "1e-3", "5e-4"))
 
-    Where there is nothing to weigh, four learning rates: every objective gets the same number of attempts.
-    """
-    if not weights:
-        return tuple((f"optim.lr={rate}",) for rate in ("4e-3", "2e-3", "1e-3", "5e-4"))
-    strengths = [tuple(f"objective.{name}={values[i]}" for name, values in weights.items()) for i in (0, 1)]
-    return tuple((rate, *strength) for rate in RATES for strength in strengths)
+
+def strengths(strong: str, weak: str, *settings: str) -> tuple[tuple[str, ...], ...]:
+    """Two learning rates, each with two strengths of what the objective adds to cross-entropy."""
+    return tuple((*settings, rate, *strength.split()) for rate in (FAST, SLOW) for strength in (strong, weak))
+
+
+def weights(**defaults: float) -> tuple[tuple[str, ...], ...]:
+    """Strengths: the published or default weights, and a quarter of them."""
+    strong, weak = (
+        " ".join(f"objective.weight_{name}={value / part:g}" for name, value in defaults.items()) for part in (1, 4)
+    )
+    return strengths(strong, weak)
 
 
 COMPARISON = Comparison(
     name="compare",
     preset="demo",
+    # Four candidates each, so that none is tried harder than another.
     objectives={
-        "clean": candidates(),
-        "tecoa": candidates(),
-        "tima": candidates(weight_takd=(1.0, 0.25), weight_mhe=(1.0, 0.25), weight_iakd=(1.0, 0.25)),
+        "clean": rates(),
+        "tecoa": rates(),
+        "tima": weights(takd=1.0, mhe=1.0, iakd=1.0),
+        "tima/aaai26": tuple(("objective.variant=aaai26", *one) for one in weights(takd=1.0, mhe=1.0, iakd=1.0)),
+        "tga_zsr": weights(ar=0.08, amc=0.05),
+        "comp_tga": weights(ar=0.10, amc=0.07),
+        "pmg_aft": weights(pretrained=1.0, clean=1.0),
+        "fare": rates(),
+        "caw": weights(confidence=1.0, features=1.0),
+        "laat": strengths("objective.temperature=1", "objective.temperature=model"),
+        "agft": strengths("objective.target_ratio=0.4", "objective.target_ratio=1"),
+        "advcl": weights(contrast=1.0, pseudo=0.2),
+        "regmix": weights(main=1.0, auxiliary=0.5, clean=1.0),
+        "ccr_ccs": weights(ccr=1.0, ccs=1.0),
+        "gsb": weights(kd=1.0),
+        "tecoa/ram": strengths("model.attention_cap=0.3", "model.attention_cap=0.1"),
+        "tecoa/expanded": rates("model.expand_text=true"),
     },
-    # Half the steps tell candidates apart; the chosen ones are trained anew.
     settings=(
         "train.max_steps=48",
         "train.eval_every=0",
+        "train.precision=bf16",
         "launch.workers=1",
+        "attack.eps=4/255",
         "attack.steps=2",
         "attack.step_size=3/255",
     ),
-    search_settings=("train.max_steps=24",),
+    search_settings=("train.max_steps=24",),  # half the steps tell candidates apart; the chosen ones are trained anew
     measure=Measure(
         sets=("zsr:emoji/test_style", "zsr:emoji/test_concepts"),
         eps=("1/255", "2/255", "4/255", "8/255"),
-        attack={"name": "pgd", "steps": 20, "step_size_of_eps": 0.25, "restarts": 2, "best_iterate": True},
+        attack={"name": "pgd", "steps": 20, "step_size_of_eps": 0.25, "best_iterate": True},
         defence={"name": "ttc"},
-        num_samples=200,
+        num_samples=150,
     ),
 )
 

@@ -131,8 +131,8 @@ def test_a_report_keeps_what_people_wrote_around_the_tables(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--objectives", "tecoaa"], "is not a known objective; did you mean 'tecoa'?"),
-        (["--objectives", "tima"], "tima has no candidates here; there are tecoa, clean"),
+        (["--objectives", "tecoaa"], "tecoaa is not compared here; did you mean 'tecoa'?"),
+        (["--objectives", "fare"], "fare is not compared here; there are tecoa, clean"),
         (["launch.storage=s3://bucket/x"], "launch.storage=s3://bucket/x: a comparison keeps its runs in a folder"),
         (["train.max_steps=0"], "train.max_steps=0: a comparison gives every objective the same number of steps"),
         (["optim.lrr=1"], "did you mean optim.lr"),

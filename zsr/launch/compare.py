@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zsr.config import OBJECTIVES, ConfigError, RunConfig, apply_overrides, load_tree, validate
+from zsr.config import ConfigError, RunConfig, apply_overrides, load_tree, validate
 from zsr.config.plugins import suggest
-from zsr.launch.compare_waves import Compare, Comparison, Job, Measure
+from zsr.launch.compare_waves import Compare, Comparison, Job, Measure, objective_of
 from zsr.launch.store import Store
 
 __all__ = ["Comparison", "Measure", "main"]
@@ -115,14 +115,12 @@ def _settle(comparison: Comparison, asked: argparse.Namespace) -> tuple[Comparis
     if asked.objectives:
         names = [name.strip() for name in asked.objectives.split(",")]
         for name in names:
-            if name not in OBJECTIVES.names():
-                raise ValueError(f"--objectives: {name} is not a known objective{suggest(name, OBJECTIVES.names())}")
             if name not in objectives:
-                raise ValueError(f"--objectives: {name} has no candidates here; there are {', '.join(objectives)}")
+                raise ValueError(f"--objectives: {name} is not compared here{suggest(name, list(objectives))}")
         objectives = {name: objectives[name] for name in names}
     for name, options in objectives.items():
         for settings in options:
-            validate(apply_overrides(tree, [f"objective={name}", *settings, *comparison.search_settings]))
+            validate(apply_overrides(tree, [f"objective={objective_of(name)}", *settings, *comparison.search_settings]))
     measure = comparison.measure
     if asked.num_samples is not None:
         measure = dataclasses.replace(measure, num_samples=asked.num_samples)

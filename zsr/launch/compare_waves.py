@@ -45,7 +45,8 @@ class Comparison:
     Attributes:
         name: of the comparison; with the same name it goes on.
         preset: settings that all runs share.
-        objectives: for each objective the candidates of its search, as overrides; the same number for each is fair.
+        objectives: for each objective the candidates of its search, as overrides; the same number for each is fair. An
+            objective may be compared with itself under other settings: ``tima/aaai26`` is tima, shown under that name.
         measure: of the trained models.
         settings: overrides on top of the preset.
         search_settings: overrides for the search alone, such as fewer steps.
@@ -169,7 +170,8 @@ class Compare:
         return count + 1, passes
 
     def _train(self, kind: str, title: str, objective: str, overrides: Sequence[str]) -> Job:
-        layers = [f"name={self.comparison.name}-{title}", f"objective={objective}", *overrides]
+        title = title.replace("/", "-")
+        layers = [f"name={self.comparison.name}-{title}", f"objective={objective_of(objective)}", *overrides]
         config = validate(apply_overrides(self.tree, layers))
         units = OBJECTIVES.build(config.objective).cost_units(getattr(config.attack, "steps", 0))
         key = {"comparison": self.comparison.name, kind: title}
@@ -188,6 +190,7 @@ class Compare:
         )
 
     def _measure(self, title: str, checkpoint: str | None, tree: Mapping[str, Any]) -> Job:
+        title = title.replace("/", "-")
         arguments = {"checkpoint": checkpoint, "tree": tree, "measure": dataclasses.asdict(self.comparison.measure)}
         return Job("measure", title, measure_job, arguments)
 
@@ -229,6 +232,11 @@ class Progress:
             f"elapsed={elapsed:.0f}s eta={eta:.0f}s",
             flush=True,
         )
+
+
+def objective_of(label: str) -> str:
+    """The objective that a label of the comparison stands for."""
+    return label.partition("/")[0]
 
 
 def score(result: Mapping[str, Any] | None) -> float:
