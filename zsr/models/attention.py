@@ -46,11 +46,25 @@ class ContiguousAttention(nn.MultiheadAttention):
         qkv = packed.view(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         if attn_mask is None and not dropout and _written_out_is_faster(packed):
-            mixed = _attend_written_out(qkv)
+            mixed = _attend_written_out(*qkv.contiguous())
         else:
             q, k, v = qkv
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width)), None
+
+    def attend_first(self, x_BLE: Tensor) -> Tensor:
+        """What the first token alone gets from attending to all of ``x``, ``[B, 1, E]``: the other queries are left out."""
+        assert not (self.dropout and self.training), "for CLIP's towers, which have no dropout"
+        width = x_BLE.shape[-1]
+        bias_q = bias_kv = None
+        if self.in_proj_bias is not None:
+            bias_q, bias_kv = self.in_proj_bias[:width], self.in_proj_bias[width:]
+        q = linear(x_BLE[:, :1].contiguous(), self.in_proj_weight[:width], bias_q)
+        kv = linear(x_BLE, self.in_proj_weight[width:], bias_kv)
+        q = q.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        k, v = kv.unflatten(-1, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        mixed = _attend_written_out(q, k, v) if _written_out_is_faster(kv) else F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
 def _written_out_is_faster(packed: Tensor) -> bool:
@@ -58,10 +72,9 @@ def _written_out_is_faster(packed: Tensor) -> bool:
     return packed.device.type == "cpu" and packed.dtype == torch.bfloat16 and packed.shape[1] <= _SHORT
 
 
-def _attend_written_out(qkv: Tensor) -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v`` in three steps, for ``[3, B, heads, L, d]``; the softmax sums in float32 inside."""
-    q, k, v = qkv.contiguous()
-    with torch.autocast(qkv.device.type, enabled=False):
+def _attend_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``softmax(q k^T / sqrt(d)) v`` in three steps, for ``[B, heads, L, d]``; the softmax sums in float32 inside."""
+    with torch.autocast(q.device.type, enabled=False):
         weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1)
         return weights @ v
 
