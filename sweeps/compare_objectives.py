@@ -55,15 +55,17 @@ COMPARISON = Comparison(
         "tecoa/expanded": rates("model.expand_text=true"),
     },
     settings=(
-        "train.max_steps=48",
+        "train.max_steps=96",
         "train.eval_every=0",
         "train.precision=bf16",
         "launch.workers=1",
         "attack.eps=4/255",
         "attack.steps=2",
         "attack.step_size=3/255",
+        "eval.attack.eps=2/255",  # on held-out concepts little is left at 4/255 to choose by
+        "eval.attack.step_size=1/510",
     ),
-    search_settings=("train.max_steps=24",),  # half the steps tell candidates apart; the chosen ones are trained anew
+    search_settings=("train.max_steps=32",),  # a third of the steps tell candidates apart; the chosen ones are trained anew
     measure=Measure(
         sets=("zsr:emoji/test_style", "zsr:emoji/test_concepts"),
         eps=("1/255", "2/255", "4/255", "8/255"),

@@ -20,6 +20,7 @@ from zsr.config import ConfigError, RunConfig, apply_overrides, load_tree, valid
 from zsr.config.plugins import suggest
 from zsr.launch.compare_waves import Compare, Comparison, Job, Measure, objective_of
 from zsr.launch.store import Store
+from zsr.launch.sweep import stop_on_sigterm
 
 __all__ = ["Comparison", "Measure", "main"]
 
@@ -46,7 +47,8 @@ def main(comparison: Comparison, argv: Sequence[str] | None = None) -> int:
     from zsr.launch.compare_report import publish
 
     try:
-        outcome = compare.run()
+        with stop_on_sigterm():
+            outcome = compare.run()
     except KeyboardInterrupt:
         print("stopped=yes note='the same command goes on'", flush=True)
         return 130

@@ -113,7 +113,7 @@ def main(sweep: Sweep, argv: Sequence[str] | None = None) -> int:
 
         sweep_id = earlier["id"] if earlier else f"{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         store = store or Store(plan.config.launch.storage).child(sweep_id)
-        with _stop_on_sigterm():
+        with stop_on_sigterm():
             return drive(sweep, plan, store, sweep_id, vars(asked), resume=earlier is not None)
     except (ConfigError, ValueError) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
@@ -211,7 +211,7 @@ def _positive(text: str) -> int:
 
 
 @contextlib.contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
+def stop_on_sigterm() -> Iterator[None]:
     """Treat ``ray job stop`` as Ctrl-C, so that the sweep's record can be closed."""
 
     def stop(*_: Any) -> None:
