@@ -79,7 +79,7 @@ class Trainer:
         # Without classes of its own the training set needs none: the validation set's stand in where text is asked for.
         named = self.train_set if self.train_set.has_labels else self.val_set
         self.step_fn = TrainStep(config, self.model, self.bank, named.classes, self._templates(named))
-        if self.step_fn.objective.uses_labels and not self.train_set.has_labels:
+        if self.step_fn.objective.uses_classes and not self.train_set.has_labels:
             raise ValueError(
                 f"data.train={config.data.train}: has no labels, and objective.name={config.objective.name} uses them; "
                 "choose an objective that uses none (fare), or convert the images with their classes"

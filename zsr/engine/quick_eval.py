@@ -6,11 +6,10 @@ end, so no rank waits for another in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zsr.attacks.base import Attack, AttackResult, input_gradients_only
@@ -34,6 +33,7 @@ class EvalResult:
         robust_acc: share of samples classified right both before and after the attack; None without an attack.
         zero_grad_frac: share of attacked samples whose input gradient was exactly zero at some step: 0 for a sound
             attack on a sound model.
+        survivors: for an attack in stages, the share of samples still right after each.
     """
 
     clean_acc: float
@@ -41,6 +41,7 @@ class EvalResult:
     zero_grad_frac: float | None
     num_samples: int
     num_classes: int
+    survivors: Mapping[str, float] = field(default_factory=dict)
 
 
 class ZeroShotHead:
@@ -82,7 +83,8 @@ def evaluate(
     """Measure a zero-shot classifier on a set.
 
     A sample counts as robust if it is right without and with the attack. Only samples that are right are attacked: the
-    others are lost already. The attack maximises cross-entropy, whatever the model was trained with.
+    others are lost already. The attack maximises its own loss on the logits (cross-entropy for PGD), whatever the model was
+    trained with.
 
     Args:
         num_samples: the head of the set's fixed subset order; 0 means all.
@@ -93,7 +95,8 @@ def evaluate(
         ValueError, OSError: the set cannot be read.
     """
     device = head.text_CD.device
-    counts = torch.zeros(4, dtype=torch.float64, device=device)
+    stages = () if attack is None else attack.stages
+    counts = torch.zeros(4 + len(stages), dtype=torch.float64, device=device)
     mine = len(subset_ids(len(shards), num_samples)[rank::world_size])
     done = 0
     head.model.image.reseed(seed)
@@ -117,16 +120,19 @@ def evaluate(
                 with torch.no_grad():
                     counts[_ROBUST] += (head(attacked.image_BCHW).argmax(-1) == label_B[right_B]).sum()
                 counts[_ZERO_GRAD] += attacked.zero_grad_B.sum()
+                if attacked.stage_B is not None:
+                    counts[4:] += (attacked.stage_B[:, None] > torch.arange(len(stages), device=device)).sum(0)
             done += len(batch)
             if progress is not None:
                 progress(done, mine)
-    clean, robust, zero_grad, count = sum_over_ranks(counts).tolist()
+    clean, robust, zero_grad, count, *standing = sum_over_ranks(counts).tolist()
     return EvalResult(
         clean_acc=clean / count,
         robust_acc=None if attack is None else robust / count,
         zero_grad_frac=None if attack is None else zero_grad / max(clean, 1.0),
         num_samples=int(count),
         num_classes=len(head.text_CD),
+        survivors={stage: standing_now / count for stage, standing_now in zip(stages, standing, strict=True)},
     )
 
 
@@ -144,9 +150,5 @@ def attack_rows(
     The result has a row for each of them, at least one. Call inside :func:`input_gradients_only`.
     """
     rows = rows_B.nonzero().flatten()
-    image_BCHW, label_B = image_BCHW[rows], label_B[rows]
-
-    def loss(attacked_BCHW: Tensor) -> Tensor:
-        return F.cross_entropy(head(attacked_BCHW), label_B, reduction="none")
-
-    return attack.perturb(loss, image_BCHW, sample_seeds([keys[i] for i in rows.tolist()], "eval", seed))
+    seeds = sample_seeds([keys[i] for i in rows.tolist()], "eval", seed)
+    return attack.attack_classifier(head, image_BCHW[rows], label_B[rows], seeds)

@@ -144,7 +144,7 @@ class TrainStep:
         scalars["train/loss"] = loss.total
         scalars |= {f"train/term/{name}": term for name, term in loss.terms.items()}
         for view, name in (("adv", "adv_acc"), ("clean", "clean_acc"), ("clean_fixed", "clean_acc")):
-            if view in self.objective.views and self.objective.uses_labels:
+            if view in self.objective.views and self.objective.uses_classes:
                 embed_BD = getattr(ctx, view).embed_BD.detach()
                 scalars[f"train/{name}"] = (ctx.logits(embed_BD).argmax(-1) == label_B).double().mean()
         return StepOutput(loss, scalars)

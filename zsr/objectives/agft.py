@@ -4,7 +4,7 @@
 
 TeCoA with the label replaced by what the frozen model predicts of the original image, in the loss and in the attack. The
 target's temperature is that of the trained prediction divided by g < 1, which makes it softer: the paper's calibration of
-the confidence that fine-tuning changes. No labels are read.
+the confidence that fine-tuning changes. No label is read, only class names.
 
 Cost: 2 units per attack step + 4; PGD-2 takes 8, and 7 once frozen predictions are kept by sample.
 
@@ -17,7 +17,7 @@ The paper's text was not at hand: that its calibration is g alone is read from t
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,8 +36,6 @@ class AgftConfig(ObjectiveConfig):
 
 
 class Agft(Objective[AgftConfig]):
-    uses_labels: ClassVar[bool] = False
-
     @property
     def views(self) -> frozenset[View]:
         return frozenset({"adv", "frozen_clean"})

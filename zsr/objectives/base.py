@@ -155,14 +155,15 @@ class Objective(Plugin[ObjectiveT]):
 
     Attributes:
         needs_tokens: whether views carry projected patch tokens; the attack's own passes never do.
-        uses_labels: whether the loss or the attack reads ``label_B``; without, the training set needs no labels.
+        uses_classes: whether the loss or the attack reads labels or class embeddings; without, the training set needs neither
+            labels nor class names.
         tecoa_settings: settings at which the objective equals TeCoA exactly, or None if there are none; the free tests
             check it.
     """
 
     registry = OBJECTIVES
     needs_tokens: ClassVar[bool] = False
-    uses_labels: ClassVar[bool] = True
+    uses_classes: ClassVar[bool] = True
     tecoa_settings: ClassVar[dict[str, Any] | None] = None
 
     @property

@@ -36,7 +36,7 @@ class FareConfig(ObjectiveConfig):
 
 
 class Fare(Objective[FareConfig]):
-    uses_labels: ClassVar[bool] = False
+    uses_classes: ClassVar[bool] = False
 
     @property
     def views(self) -> frozenset[View]:
