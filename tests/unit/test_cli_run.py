@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from zsr.cli.defended import guard
 from zsr.cli.main import main
-from zsr.cli.models import find_checkpoint
+from zsr.cli.models import find_checkpoint, load_named
 from zsr.cli.train import free_name
+from zsr.config import ModelConfig
+from zsr.defenses.ttc import TTCConfig
+from zsr.models import load_model
 
 
 def call(*arguments: object) -> int:
@@ -107,6 +112,23 @@ def test_a_defence_is_gated_by_the_model_that_the_checkpoint_came_from(
     assert told["gate"] == base["gate"]
     assert told["victim"]["image_sha256"] == tuned["victim"]["image_sha256"]
     assert told["cost_units"] == 8
+
+
+def test_the_gate_of_a_defence_is_without_what_a_run_adds_to_its_model(
+    settings: list[str], tiny_model_name: str, tmp_path: Path
+) -> None:
+    added = ["model.attention_cap=0.1", "model.adapt=token_prompt"]
+    assert call("train", "--local", "--output", tmp_path / "run", *settings, *added) == 0
+    clip, _ = load_named(str(tmp_path / "run"), None, "fp32", "cpu")
+    guarded = guard(
+        clip, str(tmp_path / "run"), TTCConfig(), None, pretrained=None, precision="fp32", device="cpu", seed=0
+    )  # fmt: skip
+    plain = load_model(ModelConfig(name=tiny_model_name)).eval()
+    image_BCHW = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected_BD = plain.encode_image(image_BCHW).raw_BD
+        assert torch.equal(guarded.defended.frozen(image_BCHW).raw_BD, expected_BD)
+        assert not torch.allclose(clip.encode_image(image_BCHW).raw_BD, expected_BD)
 
 
 def test_a_runs_folder_means_its_latest_checkpoint(tmp_path: Path) -> None:

@@ -118,24 +118,25 @@ def guard(
     from zsr.eval import DefendedCLIP
     from zsr.models import load_model
 
+    gate, gate_name = clip.image, name
     base = _base_model(clip, name)
-    gate, gate_name = clip, name
-    if gate_model is not None:
+    if gate_model is not None and gate_model != name:
         try:
-            gate, gate_name = load_named(gate_model, pretrained, precision, device)[0], gate_model
+            named, _ = load_named(gate_model, pretrained, precision, device)
         except ValueError as error:
             raise ValueError(f"--gate-model {gate_model}: {error}") from None
-    elif base is not None:
-        gate, gate_name = load_model(base, precision, device).eval(), base.name
-    if gate.image_size != clip.image_size:
-        raise ValueError(
-            f"--gate-model {gate_name}: takes images of {gate.image_size} pixels, the model of {clip.image_size}; "
-            "name the model that it was fine-tuned from"
-        )
-    victim_id, gate_id = Identity(name, _sha256(clip.image)), Identity(gate_name, _sha256(gate.image))
-    same = victim_id.image_sha256 == gate_id.image_sha256  # then one tower serves as both, and passes are saved
-    defended = DefendedCLIP(clip, config, None if same else gate.image, seed)
-    return Guarded(defended, victim_id, gate_id, gate_was_named=gate is not clip)
+        if named.image_size != clip.image_size:
+            raise ValueError(
+                f"--gate-model {gate_model}: takes images of {named.image_size} pixels, the model of {clip.image_size}; "
+                "name the model that it was fine-tuned from"
+            )
+        gate, gate_name = named.image, gate_model
+    elif gate_model is None and base is not None:
+        # Without the prompt or the attention that the run's settings gave the model before training.
+        gate, gate_name = load_model(base, precision, device).image.pretrained_copy(), base.name
+    victim_id, gate_id = Identity(name, _sha256(clip.image)), Identity(gate_name, _sha256(gate))
+    defended = DefendedCLIP(clip, config, gate, seed)
+    return Guarded(defended, victim_id, gate_id, gate_was_named=gate_model is not None)
 
 
 def _base_model(clip: RobustCLIP, name: str) -> Any:

@@ -42,8 +42,9 @@ class TTCConfig(DefenseConfig):
     beta: Annotated[float, Field(allow_inf_nan=False)] = 2.0
     """How much later iterates outweigh earlier ones; 0 averages them."""
     threshold: Weight = 0.2
-    """Relative feature shift under noise below which an image counts as attacked. The default is that of CLIP ViT-B/32;
-    another tower needs its own. 0 never triggers."""
+    """Relative feature shift under noise below which an image counts as attacked; 0 never triggers. The default is that of
+    CLIP ViT-B/32. Look at tau on your own tower first: on zsr:emoji-vit noise moves attacked images more than clean ones
+    (median 0.07 against 0.02 on zsr:emoji/val, PGD-10 at 4/255): the default triggers on nearly all, none picks those."""
 
     @model_validator(mode="after")
     def _in_pixel_units(self) -> TTCConfig:
