@@ -75,7 +75,7 @@ def explain(error: Exception) -> list[str]:
         error, FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError | PermissionError
     ):
         return [f"{error.filename}: {error.strerror}" if error.filename else str(error)]
-    if type(error).__name__ == "Diverged":  # zsr.engine.loop, which only training imports
+    if type(error).__name__ in ("Diverged", "WorkerLost"):  # of modules that only training imports
         return [str(error)]
     if not isinstance(error, ValueError):
         return []

@@ -55,6 +55,10 @@ _LENGTH = struct.Struct("q")  # bytes of the pickled answer that follows
 _FORK = multiprocessing.get_context("fork")
 
 
+class WorkerLost(RuntimeError):
+    """A data worker died or stalled; the message says how and what to do."""
+
+
 def fill_ahead(
     fill: Fill,
     requests: Iterable[tuple[Tag, np.ndarray]],
@@ -80,7 +84,7 @@ def fill_ahead(
         The tag, images (uint8 [n, 3, H, W]) and labels (int64 [n]), pinned where there is a GPU, and keys (n).
 
     Raises:
-        RuntimeError: a worker died, or gave no answer for ``WORKER_TIMEOUT_S``.
+        WorkerLost: a worker died, or gave no answer for ``WORKER_TIMEOUT_S``.
         Exception: what ``fill`` raised, when its batch is due.
     """
     workers: list[_Worker] = []
@@ -170,10 +174,10 @@ class _Worker:
                     del self._received[:end]
                     return message
             if gone:
-                raise RuntimeError(self._describe_end())
+                raise WorkerLost(self._describe_end())
             left = give_up_at - time.monotonic()
             if left <= 0:
-                raise RuntimeError(
+                raise WorkerLost(
                     f"data worker {self.name} (pid {self._process.pid}) has given no batch for {WORKER_TIMEOUT_S:g} s: "
                     "it is stopped, or the storage behind the shards hangs; data.num_workers=0 shows where"
                 )
