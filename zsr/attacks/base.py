@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
+import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from zsr.config.plugins import Plugin, PluginConfig
-from zsr.config.schema import ATTACKS
+from zsr.attacks.schedules import ConstantConfig, Schedule
+from zsr.attacks.threat import Norm, ThreatModel
+from zsr.config.base import PixelUnits
+from zsr.config.plugins import Plugin, PluginConfig, PluginField
+from zsr.config.schema import ATTACKS, SCHEDULES
 
 PerSampleLoss = Callable[[Tensor], Tensor]
 """Images ``[B, C, H, W]`` in [0, 1] to losses ``[B]``, differentiable; row i depends on image i alone."""
+
+Logits = Callable[[Tensor], Tensor]
+"""Images ``[B, C, H, W]`` in [0, 1], any B, to logits ``[B, classes]``, differentiable; row i depends on image i alone."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +32,15 @@ class AttackResult:
         image_BCHW: perturbed images in [0, 1], detached.
         zero_grad_B: whether a sample's input gradient was ever exactly zero everywhere: the sign that an attack
             underflows or that a model masks its gradient.
+        success_B: whether the attack saw its image classified wrong; None if it did not look.
+        stage_B: for an attack in stages, the index of the one that succeeded (an image that is wrong without an attack
+            counts for the first), or their number where none did.
     """
 
     image_BCHW: Tensor
     zero_grad_B: Tensor
+    success_B: Tensor | None = None
+    stage_B: Tensor | None = None
 
 
 class AttackConfig(PluginConfig):
@@ -42,6 +55,11 @@ class Attack(Plugin[AttackT]):
 
     registry = ATTACKS
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the attacks that this one runs in turn; empty for a single attack."""
+        return ()
+
     def perturb(
         self, loss: PerSampleLoss, image_BCHW: Tensor, seeds: Sequence[int], progress: float = 1.0
     ) -> AttackResult:
@@ -53,7 +71,67 @@ class Attack(Plugin[AttackT]):
             seeds: one per sample (zsr/attacks/noise.py).
             progress: of training, in [0, 1], for the epsilon schedule; evaluation leaves it at 1.
         """
-        raise TypeError(f"{type(self).__name__} does not perturb")
+        raise ValueError(
+            f"attack.name={self.config.name}: needs the logits of a classifier and cannot maximise a training loss; "
+            "train with pgd, and evaluate with this"
+        )
+
+    def attack_classifier(
+        self, logits: Logits, image_BCHW: Tensor, label_B: Tensor, seeds: Sequence[int]
+    ) -> AttackResult:
+        """Perturb images so that a classifier errs: what evaluation calls.
+
+        This default maximises cross-entropy. Attacks with losses of their own, or that stop where they succeed, replace it.
+
+        Args:
+            logits: see :data:`Logits`. Call inside :func:`input_gradients_only`.
+            image_BCHW: float pixels in [0, 1].
+            label_B: true classes.
+            seeds: one per sample (zsr/attacks/noise.py).
+        """
+        return self.perturb(lambda x: F.cross_entropy(logits(x), label_B, reduction="none"), image_BCHW, seeds)
+
+
+class BoundedConfig(AttackConfig):
+    """Settings of an attack that stays in a ball around the image."""
+
+    norm: Norm = "linf"
+    eps: PixelUnits = 1 / 255
+    """Largest perturbation; pixels span [0, 1], so write 4/255."""
+    schedule: Annotated[PluginConfig, PluginField(SCHEDULES)] = ConstantConfig()
+    """How eps moves over training; evaluation takes its end."""
+
+    @model_validator(mode="after")
+    def _eps_in_pixel_units(self) -> BoundedConfig:
+        check_pixel_units("eps", self.eps, self.norm)
+        return self
+
+
+BoundedT = TypeVar("BoundedT", bound=BoundedConfig)
+
+
+class BoundedAttack(Attack[BoundedT]):
+    """Base of attacks that stay in a ball around the image."""
+
+    def __init__(self, config: BoundedT) -> None:
+        super().__init__(config)
+        self.schedule: Schedule = SCHEDULES.build(config.schedule)  # type: ignore[type-arg]
+
+    def threat(self, progress: float = 1.0) -> ThreatModel:
+        """The ball at this point of training."""
+        return ThreatModel(self.config.norm, self.config.eps * self.schedule.factor(progress))
+
+
+def check_pixel_units(setting: str, value: float, norm: Norm) -> None:
+    """Reject an L-inf length of more than the pixel range, which was meant in grey levels.
+
+    Raises:
+        ValueError: it is; the sentence says how to write it.
+    """
+    if norm == "linf" and value > 1:
+        raise ValueError(
+            f"{setting}={value:g} is more than the whole pixel range [0, 1]; write {value:g}/255 for {value:g} grey levels"
+        )
 
 
 @contextmanager

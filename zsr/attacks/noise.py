@@ -23,6 +23,11 @@ def sample_seeds(keys: Sequence[str], *purpose: object) -> list[int]:
     ]
 
 
+def derived_seeds(seeds: Sequence[int], *purpose: object) -> list[int]:
+    """One 63-bit seed per sample, from the sample's seed and what it is for: an attack, a restart, a target."""
+    return sample_seeds([str(seed) for seed in seeds], *purpose)
+
+
 def fill_uniform(like_BCHW: Tensor, seeds: Sequence[int]) -> Tensor:
     """Uniform noise in [-1, 1) of the shape, device and dtype of ``like_BCHW``, row i from ``seeds[i]``."""
     noise = _empty(like_BCHW)

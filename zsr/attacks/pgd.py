@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from zsr.attacks.base import Attack, AttackConfig, AttackResult, PerSampleLoss
+from zsr.attacks.base import Attack, AttackConfig, AttackResult, PerSampleLoss, check_pixel_units
 from zsr.attacks.schedules import ConstantConfig, Schedule
 from zsr.attacks.threat import Norm, ThreatModel
 from zsr.config.base import PixelUnits
@@ -40,12 +40,7 @@ class PGDConfig(AttackConfig):
     @model_validator(mode="after")
     def _in_pixel_units(self) -> PGDConfig:
         for setting in ("eps", "step_size"):
-            value = getattr(self, setting)
-            if self.norm == "linf" and value > 1:
-                raise ValueError(
-                    f"{setting}={value:g} is more than the whole pixel range [0, 1]; "
-                    f"write {value:g}/255 for {value:g} grey levels"
-                )
+            check_pixel_units(setting, getattr(self, setting), self.norm)
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts={self.restarts} with random_start off would repeat one start; turn it on")
         return self

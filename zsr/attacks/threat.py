@@ -52,8 +52,12 @@ class ThreatModel:
             delta = direction / _lengths(direction) * radius * self.eps
         return self.project(delta, image_BCHW)
 
-    def ascend(self, grad_BCHW: Tensor, step_size: float) -> Tensor:
-        """The step of length ``step_size`` in the norm that raises a loss with this gradient fastest."""
+    def ascend(self, grad_BCHW: Tensor, step_size: float | Tensor) -> Tensor:
+        """The step of length ``step_size`` in the norm that raises a loss with this gradient fastest.
+
+        Args:
+            step_size: one for all samples, or ``[B, 1, 1, 1]``.
+        """
         if self.norm == "linf":
             return grad_BCHW.sign() * step_size
         return grad_BCHW / _lengths(grad_BCHW) * step_size
