@@ -281,7 +281,7 @@ def test_the_attack_leaves_no_gradient_and_no_mark(tmp_path, name):
 
 # Two processes.
 
-RANKS, RANKS_TIMEOUT_S = 2, 120
+RANKS, RANKS_TIMEOUT_S = 2, 300
 
 
 def run_as_rank(rank: int, folder: Path) -> None:
