@@ -65,11 +65,23 @@ COMPARISON = Comparison(
         "eval.attack.eps=2/255",  # on held-out concepts little is left at 4/255 to choose by
         "eval.attack.step_size=1/510",
     ),
-    search_settings=("train.max_steps=32",),  # a third of the steps tell candidates apart; the chosen ones are trained anew
+    search_settings=(
+        "train.max_steps=32",
+    ),  # a third of the steps tell candidates apart; the chosen ones are trained anew
     measure=Measure(
         sets=("zsr:emoji/test_style", "zsr:emoji/test_concepts"),
         eps=("1/255", "2/255", "4/255", "8/255"),
-        attack={"name": "pgd", "steps": 20, "step_size_of_eps": 0.25, "best_iterate": True},
+        attacks={
+            "PGD-20": {"name": "pgd", "steps": 20, "step_size_of_eps": 0.25, "best_iterate": True},
+            # AutoAttack's two white-box stages, at half their steps and a third of their targets: what two cores can do.
+            "APGD": {
+                "name": "autoattack",
+                "version": "custom",
+                "attacks": ["apgd-ce", "apgd-t"],
+                "steps": 50,
+                "target_classes": 3,
+            },
+        },
         defence={"name": "ttc"},
         num_samples=150,
     ),

@@ -16,12 +16,15 @@ from zsr.launch.store import Store
 
 @pytest.fixture
 def comparison(small_shards: Path) -> Comparison:
-    attack = {"name": "pgd", "steps": 2, "step_size_of_eps": 0.5}
+    attacks = {
+        "PGD": {"name": "pgd", "steps": 2, "step_size_of_eps": 0.5},
+        "APGD": {"name": "apgd", "steps": 3},
+    }
     return Comparison(
         name="both",
         preset="demo",
         objectives={"tecoa": (("optim.lr=1e-3",), ("optim.lr=1e-6",)), "clean": (("optim.lr=1e-3",),)},
-        measure=Measure((str(small_shards),), ("1/255", "4/255"), attack, defence={"name": "ttc"}, num_samples=12),
+        measure=Measure((str(small_shards),), ("1/255", "4/255"), attacks, defence={"name": "ttc"}, num_samples=12),
         search_settings=("train.max_steps=1",),
         seeds=(0, 1),
     )
@@ -57,8 +60,13 @@ def test_it_searches_trains_and_measures_and_does_nothing_twice(comparison, tree
     assert set(outcome.runs) == {UNTOUCHED, "tecoa", "clean"} and not outcome.failed
     assert [run["seed"] for run in outcome.runs["tecoa"]] == [0, 1]
     (measured,) = outcome.runs["tecoa"][0]["measured"].values()
-    assert measured["samples"] == 12 and set(measured["robust"]) == {"1/255", "4/255"}
-    assert 0 <= measured["defended"]["robust"]["4/255"] <= measured["defended"]["clean"] <= 1
+    assert measured["samples"] == 12 and set(measured["robust"]) == {
+        "PGD 1/255",
+        "PGD 4/255",
+        "APGD 1/255",
+        "APGD 4/255",
+    }
+    assert 0 <= measured["defended"]["robust"]["APGD 4/255"] <= measured["defended"]["clean"] <= 1
     assert "eta=" in capsys.readouterr().out
 
     publish(outcome, comparison, config, store, tmp_path / "docs" / "report.md")
@@ -94,20 +102,31 @@ def test_a_candidate_is_chosen_by_clean_and_robust_accuracy_unless_it_is_flagged
     assert score({"metrics": {}, "flags": ["diverged"]}) == 0
 
 
-def test_checks_see_a_larger_budget_doing_less_harm_and_hidden_gradients():
-    def run(robust, blind=0.0):
-        measured = {"samples": 100, "clean": 0.5, "robust": dict(enumerate(robust)), "zero_grad_frac": {0: blind}}
-        return {"flags": [], "measured": {"set": measured}}
+def test_checks_see_what_cannot_be():
+    measure = Measure(("set",), ("1", "2"), {"weak": {}, "strong": {}})
 
-    assert checks(run([0.4, 0.3])) == [] == checks(run([0.3, 0.31]))  # one image more is noise
-    assert checks(run([0.3, 0.35])) == ["set: a larger budget does less harm"]
-    assert checks(run([0.3, 0.2], blind=0.5)) == ["set: 50% of images without a gradient"]
-    assert checks(run([0.6, 0.2])) == ["set: robust above clean"]
+    def found(weak, strong, blind=0.0):
+        robust = {**dict(zip(measure.columns("weak"), weak)), **dict(zip(measure.columns("strong"), strong))}
+        measured = {"samples": 100, "clean": 0.5, "robust": robust, "zero_grad_frac": {"weak 1": blind}}
+        return checks({"flags": [], "measured": {"set": measured}}, measure)
+
+    assert found([0.4, 0.3], [0.4, 0.2]) == [] == found([0.3, 0.31], [0.31, 0.2])  # one image more is noise
+    assert found([0.3, 0.35], [0.3, 0.2]) == ["set: weak does less harm with a larger budget"]
+    assert found([0.3, 0.2], [0.3, 0.25]) == ["set: weak does more harm than strong"]
+    assert found([0.3, 0.2], [0.3, 0.2], blind=0.5) == ["set: 50% of images without a gradient"]
+    assert found([0.6, 0.2], [0.3, 0.2]) == ["set: robust above clean"]
 
 
 def test_mean_and_spread_over_seeds(comparison):
+    columns = [column for attack in ("PGD", "APGD") for column in comparison.measure.columns(attack)]
+
     def run(seed, clean):
-        numbers = {"chance": 0.2, "samples": 12, "clean": clean, "robust": {"1/255": 0.0, "4/255": 0.0}}
+        numbers = {
+            "chance": 0.2,
+            "samples": 12,
+            "clean": clean,
+            "robust": dict.fromkeys(("PGD 1/255", "PGD 4/255", "APGD 1/255", "APGD 4/255"), 0.0),
+        }
         measured = {comparison.measure.sets[0]: {**numbers, "zero_grad_frac": {}, "defended": numbers}}
         return {"seed": seed, "measured": measured, "flags": [], "train_s": 2.0, "units": 3}
 

@@ -84,10 +84,14 @@ def test_counts_equal_those_of_one_sample_at_a_time_in_any_batch_size(model, hea
     expected = count_one_by_one(head, shards)
     assert 0 < expected["triggered"] < NUM and expected["rescued"] > 0  # else the test could not fail
     for batch_size in (7, NUM):
-        bare, behind = evaluate_oblivious(
-            head, DefendedCLIP(model, TTC_CONFIG, seed=SEED), shards, ATTACK, num_samples=NUM, batch_size=batch_size,
-            seed=SEED,
+        found = evaluate_oblivious(
+            head, DefendedCLIP(model, TTC_CONFIG, seed=SEED), shards, {"none": None, "pgd": ATTACK, "again": ATTACK},
+            num_samples=NUM, batch_size=batch_size, seed=SEED,
         )  # fmt: skip
+        bare, behind = found["pgd"]
+        assert found["again"] == found["pgd"]  # one attack leaves nothing behind for the next
+        assert [result.robust_acc for result in found["none"]] == [None, None]
+        assert [result.clean_acc for result in found["none"]] == [bare.clean_acc, behind.clean_acc]
         assert bare == evaluate(head, shards, ATTACK, num_samples=NUM, seed=SEED)
         counts = [bare.clean_acc, bare.robust_acc, behind.clean_acc, behind.robust_acc]
         names = ["clean", "robust", "defended clean", "defended robust"]
@@ -126,7 +130,8 @@ def test_a_sample_that_only_the_defence_gets_right_is_attacked_too(model):
     label = batch.label[wrong[0]]
     defense, attack = Constant(TTC_CONFIG), Recorder(PGDConfig())
     defense.image_1CHW = attack.image_1CHW = _image_taken_for(head, int(label))
-    bare, behind = evaluate_oblivious(head, DefendedCLIP(model, defense), shards, attack, num_samples=NUM)
+    found = evaluate_oblivious(head, DefendedCLIP(model, defense), shards, {"fixed": attack}, num_samples=NUM)
+    bare, behind = found["fixed"]
     right_B, of_label_B = bare_B == batch.label, batch.label == label
     assert right_B.any() and (of_label_B & ~right_B).any()
     assert attack.num_attacked == (right_B | of_label_B).sum() < NUM

@@ -10,7 +10,7 @@ the attacked image alone; they can only be higher.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,39 +22,41 @@ from zsr.data.shards import ShardSet
 from zsr.engine.quick_eval import EvalResult, ZeroShotHead, attack_rows
 from zsr.eval.defended import DefendedCLIP
 
-Progress = Callable[[int, int], None]
-"""Called with (samples done, samples to do)."""
+Progress = Callable[[str, int, int], None]
+"""Called with (attack, samples done, samples to do)."""
 
-_CLEAN, _ROBUST, _ZERO_GRAD = range(3)
-_BARE, _DEFENDED = range(2)
+_ROBUST, _ZERO_GRAD = range(2)
 
 
 def evaluate_oblivious(
     head: ZeroShotHead,
     defended: DefendedCLIP,
     shards: ShardSet,
-    attack: Attack[Any] | None = None,
+    attacks: Mapping[str, Attack[Any] | None],
     *,
     num_samples: int = 0,
     batch_size: int = 128,
     seed: int = 0,
     progress: Progress | None = None,
-) -> tuple[EvalResult, EvalResult]:
-    """Measure a zero-shot classifier on a set: (without the defence, with it).
+) -> dict[str, tuple[EvalResult, EvalResult]]:
+    """Measure a zero-shot classifier on a set under each attack: (without the defence, with it).
 
-    The first result is what ``zsr.engine.quick_eval.evaluate`` gives. ``zero_grad_frac`` is the share among the samples
-    that are right without and with the defence, respectively.
+    Images are decoded, and classified clean, once for all attacks. The first result is what
+    ``zsr.engine.quick_eval.evaluate`` gives. ``zero_grad_frac`` is the share among the samples that are right without and
+    with the defence, respectively.
 
     Args:
         head: of ``defended.model``.
+        attacks: by label; None for no attack.
         num_samples: the head of the set's fixed subset order; 0 means all.
-        seed: of the attack's random starts; the defence's noise has its own.
+        seed: of the attacks' random starts; the defence's noise has its own.
 
     Raises:
         ValueError, OSError: the set cannot be read.
     """
     device = head.text_CD.device
-    counts = torch.zeros(2, 3, dtype=torch.float64, device=device)
+    clean_2 = torch.zeros(2, dtype=torch.float64, device=device)
+    counts = {label: torch.zeros(2, 2, dtype=torch.float64, device=device) for label in attacks}
     total = len(subset_ids(len(shards), num_samples))
     done = 0
     head.model.image.reseed(seed)
@@ -64,28 +66,34 @@ def evaluate_oblivious(
         ):
             image_BCHW, label_B = batch.image.to(device).float() / 255, batch.label.to(device)
             right_2B = _right(head, defended, image_BCHW, label_B, batch.key)
-            counts[:, _CLEAN] += right_2B.sum(1)
+            clean_2 += right_2B.sum(1)
             rows_B = right_2B.any(0)
-            if attack is not None and rows_B.any():
-                attacked = attack_rows(head, attack, image_BCHW, label_B, batch.key, rows_B, seed)
-                keys = [batch.key[i] for i in rows_B.nonzero().flatten().tolist()]
-                still_2B = _right(head, defended, attacked.image_BCHW, label_B[rows_B], keys)
-                counts[:, _ROBUST] += (right_2B[:, rows_B] & still_2B).sum(1)
-                counts[:, _ZERO_GRAD] += (right_2B[:, rows_B] & attacked.zero_grad_B).sum(1)
+            keys = [batch.key[i] for i in rows_B.nonzero().flatten().tolist()]
             done += len(batch)
-            if progress is not None:
-                progress(done, total)
+            for label, attack in attacks.items():
+                if attack is not None and keys:
+                    attacked = attack_rows(head, attack, image_BCHW, label_B, batch.key, rows_B, seed)
+                    still_2B = _right(head, defended, attacked.image_BCHW, label_B[rows_B], keys)
+                    counts[label][:, _ROBUST] += (right_2B[:, rows_B] & still_2B).sum(1)
+                    counts[label][:, _ZERO_GRAD] += (right_2B[:, rows_B] & attacked.zero_grad_B).sum(1)
+                if progress is not None:
+                    progress(label, done, total)
 
-    def result(clean: float, robust: float, zero_grad: float) -> EvalResult:
+    def result(label: str, clean: float, robust: float, zero_grad: float) -> EvalResult:
+        bare = attacks[label] is None
         return EvalResult(
             clean_acc=clean / total,
-            robust_acc=None if attack is None else robust / total,
-            zero_grad_frac=None if attack is None else zero_grad / max(clean, 1.0),
+            robust_acc=None if bare else robust / total,
+            zero_grad_frac=None if bare else zero_grad / max(clean, 1.0),
             num_samples=total,
             num_classes=len(head.text_CD),
         )
 
-    return result(*counts[_BARE].tolist()), result(*counts[_DEFENDED].tolist())
+    bare, behind = clean_2.tolist()
+    return {
+        label: (result(label, bare, *counted[0].tolist()), result(label, behind, *counted[1].tolist()))
+        for label, counted in counts.items()
+    }
 
 
 def _right(head: ZeroShotHead, defended: DefendedCLIP, image_BCHW: Tensor, label_B: Tensor, keys: list[str]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from zsr.attacks.base import Attack
@@ -88,14 +89,16 @@ def evaluate_sets(
         prompt = shards.templates[0] if template is None else template
         head = ZeroShotHead(model, bank, shards.classes, [prompt])
         options: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
-        bare: dict[str, EvalResult] = {}
-        behind: dict[str, EvalResult] = {}
-        for label, attack in measured.items():
-            options["progress"] = _named(progress, shards.address, label)
-            if defended is None:
-                bare[label] = evaluate(head, shards, attack, **options)
-            else:
-                bare[label], behind[label] = evaluate_oblivious(head, defended, shards, attack, **options)
+        if defended is None:
+            bare = {
+                label: evaluate(head, shards, attack, progress=_named(progress, shards.address, label), **options)
+                for label, attack in measured.items()
+            }
+        else:
+            tell = None if progress is None else partial(progress, shards.address)
+            both = evaluate_oblivious(head, defended, shards, measured, progress=tell, **options)
+            bare = {label: results[0] for label, results in both.items()}
+            behind = {label: results[1] for label, results in both.items()}
         rows.append(_row(shards, prompt, bare, None))
         if defended is not None:
             rows.append(_row(shards, prompt, behind, defended.defense.config.name))

@@ -72,7 +72,7 @@ def measure_job(checkpoint: str | None, tree: Mapping[str, Any], measure: Mappin
         measure: what :class:`zsr.launch.compare.Measure` holds, as plain data.
 
     Returns:
-        ``sets``: by address, ``chance``, ``clean``, ``robust`` by budget, ``zero_grad_frac`` by budget, and ``defended``
+        ``sets``: by address, ``chance``, ``clean``, ``robust`` and ``zero_grad_frac`` by attack and budget, and ``defended``
         with ``clean`` and ``robust`` where a defence was asked for; all shares in [0, 1]. ``seconds``.
     """
     import torch
@@ -119,12 +119,13 @@ def _attacks(measure: Mapping[str, Any]) -> dict[str, Any]:
     from zsr.config.base import parse_fraction
 
     attacks = {}
-    for eps in measure["eps"]:
-        settings = dict(measure["attack"])
-        if "step_size_of_eps" in settings:
-            settings["step_size"] = float(parse_fraction(eps)) * settings.pop("step_size_of_eps")
-        config = ATTACKS.config_class(settings["name"]).model_validate({**settings, "eps": eps})
-        attacks[eps] = ATTACKS.build(config)
+    for label, common in measure["attacks"].items():
+        for eps in measure["eps"]:
+            settings = dict(common)
+            if "step_size_of_eps" in settings:
+                settings["step_size"] = float(parse_fraction(eps)) * settings.pop("step_size_of_eps")
+            config = ATTACKS.config_class(settings["name"]).model_validate({**settings, "eps": eps})
+            attacks[f"{label} {eps}"] = ATTACKS.build(config)
     return attacks
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zsr.config import RunConfig
-from zsr.launch.compare_waves import UNTOUCHED, Comparison, Outcome
+from zsr.launch.compare_waves import UNTOUCHED, Comparison, Measure, Outcome
 from zsr.launch.guard import ZERO_GRAD_LIMIT
 from zsr.launch.store import Store
 from zsr.tracking import make_tracker
@@ -65,60 +65,71 @@ def tables(outcome: Outcome, comparison: Comparison) -> str:
         example = next(iter(outcome.runs.values()))[0]["measured"][address]
         parts.append(
             f"### {address}: {example['samples']} images, chance {100 * example['chance']:.1f} %\n\n"
-            f"Accuracy in %, mean and standard deviation over seeds; attack: {_words(measure.attack)}.\n"
+            "Accuracy in %, mean and standard deviation over seeds; attacks: "
+            + "; ".join(f"{label} is {_words(settings)}" for label, settings in measure.attacks.items())
+            + ".\n"
         )
-        parts.append(_accuracies(outcome, address, measure.eps, lambda found: found))
+        parts.append(_accuracies(outcome, address, measure, lambda found: found))
         if measure.defence is not None:
             parts.append(f"\nThe same images with {_words(measure.defence)} on top; the attack does not know of it.\n")
-            parts.append(_accuracies(outcome, address, measure.eps, lambda found: found["defended"]))
+            parts.append(_accuracies(outcome, address, measure, lambda found: found["defended"]))
         parts.append("")
     parts += ["### Settings, cost and checks\n", _costs(outcome, comparison)]
     return "\n".join(parts)
 
 
-def checks(run: Mapping[str, Any]) -> list[str]:
+def checks(run: Mapping[str, Any], measure: Measure) -> list[str]:
     """Reasons not to believe a measured run's robust accuracies."""
     found = list(run["flags"])
     for address, measured in run["measured"].items():
-        robust = list(measured["robust"].values())
+        robust = measured["robust"]
         slack = 1.0 / measured["samples"]  # one image
-        if any(later > earlier + slack for earlier, later in itertools.pairwise(robust)):
-            found.append(f"{address}: a larger budget does less harm")
+        for attack in measure.attacks:
+            values = [robust[column] for column in measure.columns(attack)]
+            if any(later > earlier + slack for earlier, later in itertools.pairwise(values)):
+                found.append(f"{address}: {attack} does less harm with a larger budget")
+        for weak, strong in itertools.pairwise(measure.attacks):
+            columns = zip(measure.columns(weak), measure.columns(strong), strict=True)
+            if any(robust[stronger] > robust[weaker] + slack for weaker, stronger in columns):
+                found.append(f"{address}: {weak} does more harm than {strong}")
         blind = max(measured["zero_grad_frac"].values(), default=0.0)
         if blind > ZERO_GRAD_LIMIT:
             found.append(f"{address}: {100 * blind:.0f}% of images without a gradient")
-        if any(value > measured["clean"] for value in robust):
+        if any(value > measured["clean"] for value in robust.values()):
             found.append(f"{address}: robust above clean")
     return found
 
 
 def draw(outcome: Outcome, comparison: Comparison, path: Path) -> Path:
-    """Clean against robust accuracy at the largest budget but one, a point for each objective, a panel for each set."""
-    eps = comparison.measure.eps[-2 if len(comparison.measure.eps) > 1 else -1]
+    """Clean against robust accuracy under the last attack at the largest budget but one: a point for each objective, a
+    panel for each set."""
+    columns = comparison.measure.columns(list(comparison.measure.attacks)[-1])
+    column = columns[-2 if len(columns) > 1 else -1]
     sets = comparison.measure.sets
     figure, axes = new_figure(columns=len(sets))
     for panel, address in zip(axes if len(sets) > 1 else [axes], sets, strict=True):
         for name, runs in outcome.runs.items():
             clean = _mean([run["measured"][address]["clean"] for run in runs])
-            robust = _mean([run["measured"][address]["robust"][eps] for run in runs])
+            robust = _mean([run["measured"][address]["robust"][column] for run in runs])
             panel.scatter(100 * clean, 100 * robust, s=18)
             panel.annotate(name, (100 * clean, 100 * robust), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        panel.set(xlabel="clean accuracy, %", ylabel=f"robust accuracy at {eps}, %", title=address)
+        panel.set(xlabel="clean accuracy, %", ylabel=f"accuracy under {column}, %", title=address)
     save(figure, path)
     return path
 
 
 def _accuracies(
-    outcome: Outcome, address: str, budgets: Sequence[str], pick: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    outcome: Outcome, address: str, measure: Measure, pick: Callable[[Mapping[str, Any]], Mapping[str, Any]]
 ) -> str:
-    rows = [["objective", "clean", *budgets]]
+    columns = [column for attack in measure.attacks for column in measure.columns(attack)]
+    rows = [["objective", "clean", *columns]]
     for name, runs in outcome.runs.items():
         found = [pick(run["measured"][address]) for run in runs]
         rows.append(
             [
                 name,
                 _cell([one["clean"] for one in found]),
-                *(_cell([one["robust"][eps] for one in found]) for eps in budgets),
+                *(_cell([one["robust"][column] for one in found]) for column in columns),
             ]
         )
     return _markdown(rows)
@@ -127,7 +138,7 @@ def _accuracies(
 def _costs(outcome: Outcome, comparison: Comparison) -> str:
     rows = [["objective", "chosen settings", "passes a step", "training, s", "seeds", "checks"]]
     for name, runs in outcome.runs.items():
-        problems = sorted({problem for run in runs for problem in checks(run)})
+        problems = sorted({problem for run in runs for problem in checks(run, comparison.measure)})
         if name == UNTOUCHED:
             rows.append([name, "", "0", "0", "1", "; ".join(problems) or "none raised"])
             continue

@@ -24,7 +24,7 @@ class Measure:
     Attributes:
         sets: test sets, by address.
         eps: budgets, as text in pixel units.
-        attack: settings of the attack without eps; ``step_size_of_eps`` is a step in units of eps.
+        attacks: by label, from weak to strong, settings without eps; ``step_size_of_eps`` is a step in units of eps.
         defence: settings of a test-time defence to measure on top, or None.
         num_samples: of each set; 0 takes all.
         seed: of the attack's random starts.
@@ -32,10 +32,14 @@ class Measure:
 
     sets: tuple[str, ...]
     eps: tuple[str, ...]
-    attack: Mapping[str, Any]
+    attacks: Mapping[str, Mapping[str, Any]]
     defence: Mapping[str, Any] | None = None
     num_samples: int = 0
     seed: int = 0
+
+    def columns(self, attack: str) -> list[str]:
+        """Labels under which an attack's accuracies are kept, one for each budget."""
+        return [f"{attack} {eps}" for eps in self.eps]
 
 
 @dataclass(frozen=True)
