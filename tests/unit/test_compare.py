@@ -125,7 +125,7 @@ def test_mean_and_spread_over_seeds(comparison):
             "chance": 0.2,
             "samples": 12,
             "clean": clean,
-            "robust": dict.fromkeys(("PGD 1/255", "PGD 4/255", "APGD 1/255", "APGD 4/255"), 0.0),
+            "robust": dict.fromkeys(columns, 0.0),
         }
         measured = {comparison.measure.sets[0]: {**numbers, "zero_grad_frac": {}, "defended": numbers}}
         return {"seed": seed, "measured": measured, "flags": [], "train_s": 2.0, "units": 3}
