@@ -31,6 +31,9 @@ class ModelConfig(Config):
     """open_clip's pretrained tag, or a weights file, for an architecture name; the other forms bring their weights."""
     fast_layers: bool = True
     """Exchange open_clip's attention, linear layers and patch embedding for faster ones of equal parameters and results."""
+    compile: bool = False
+    """Compile the blocks of a ViT with torch.compile: a minute at the start for some per cent a step (docs/measurements.md).
+    Where nothing can be compiled, a warning says so and training goes on without."""
     adapt: Literal["weights", "token_prompt", "pad_prompt"] = "weights"
     """What fine-tuning changes: the image tower's weights, or a prompt in front of the frozen tower (zsr/models/prompts.py)."""
     prompt_tokens: Count = 10

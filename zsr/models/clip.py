@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from zsr.config.plugins import suggest
 from zsr.config.schema import ModelConfig, Precision
 from zsr.models.anchors import class_embeddings, expand, fit_expansion
+from zsr.models.fast_compile import compile_blocks
 from zsr.models.fast_layers import use_fast_layers
 from zsr.models.tower import ImageFeatures, ImageTower
 
@@ -201,7 +202,10 @@ def load_model(config: ModelConfig, precision: Precision = "fp32", device: str |
         use_fast_layers(model)
     robust = RobustCLIP(model, tokenizer, name, architecture, precision)
     robust.image.equip(config)
-    return robust.to(device)
+    robust = robust.to(device)
+    if config.compile:
+        compile_blocks(robust.image.visual)
+    return robust
 
 
 def _check_architecture(name: str, pretrained: str | None) -> None:

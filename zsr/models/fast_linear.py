@@ -47,6 +47,8 @@ class _OneDNNLinear(torch.autograd.Function):
 def linear(x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
     """``F.linear``, by the faster library where there is a choice."""
     plain_float = x_NK.dtype == weight_MK.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if torch.compiler.is_compiling():  # inductor chooses its own library, and cannot take this operator in training
+        return F.linear(x_NK, weight_MK, bias_M)
     if _ONEDNN is None or x_NK.device.type != "cpu" or not plain_float or x_NK.dim() < 2 or x_NK.numel() == 0:
         return F.linear(x_NK, weight_MK, bias_M)
     result: Tensor = _OneDNNLinear.apply(x_NK, weight_MK, bias_M)  # type: ignore[no-untyped-call]
