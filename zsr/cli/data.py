@@ -85,6 +85,15 @@ def info(address: Address) -> None:
 
 
 @app.command()
+def index(address: Address) -> None:
+    """Write index.json beside tars in CLIP_benchmark's layout, so that no other machine has to look into them."""
+    from zsr.data.clip_benchmark import write_index
+
+    found = write_index(address)
+    typer.echo(f"wrote {address.rstrip('/')}/index.json: {found.samples} images in {len(found.shards)} tars")
+
+
+@app.command()
 def sample(
     address: Address,
     out: Annotated[Path, typer.Option("--out", help="Picture to write.")] = Path("sample.png"),

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from zsr.data.index import Shard
+from zsr.data.index import Shard, ShardFile
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class ShardCache:
         if _is_whole(path, shard):
             return path
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(path.name + ".lock")):
+        with locked(path.with_name(path.name + ".lock")):
             if _is_whole(path, shard):
                 return path
             self._make_room(shard.bytes)
@@ -71,10 +71,30 @@ class ShardCache:
             "store the shard again, or run `zsr data verify` on the original"
         )
 
+    def adopt(self, found: ShardFile, address: str, download: Callable[[Path], None]) -> str:
+        """Download a file whose checksum nobody knows yet, and keep it under the one that it turns out to have.
+
+        Returns:
+            Its sha256; with it ``get`` finds the file.
+
+        Raises:
+            OSError: the download failed, or the folder cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(f"{address}/{found.file} {found.version}".encode()).hexdigest()[:16]
+        partial = self.folder / f"{name}.part"
+        with locked(self.folder / f"{name}.lock"):
+            partial.unlink(missing_ok=True)  # nothing could tell whether what another process left is right
+            self._make_room(found.bytes)
+            download(partial)
+            digest = file_sha256(partial)
+            os.replace(partial, self.folder / f"{digest[:16]}-{found.file}")
+        return digest
+
     def _make_room(self, num_bytes: int) -> None:
         if not self.max_bytes:
             return
-        with _locked(self.folder / "cache.lock"):
+        with locked(self.folder / "cache.lock"):
             found = [(path.stat(), path) for path in self.folder.iterdir() if path.suffix not in (".lock", ".part")]
             excess = sum(status.st_size for status, _ in found) + num_bytes - self.max_bytes
             for status, path in sorted(found, key=lambda entry: entry[0].st_mtime_ns):
@@ -102,7 +122,7 @@ def _is_whole(path: Path, shard: Shard) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock between processes and threads; the kernel frees it if its holder dies."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

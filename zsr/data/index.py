@@ -7,7 +7,7 @@ templates, the number of samples (a plan needs it before any shard is read) and 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -27,6 +27,15 @@ class Shard(Config):
     samples: Annotated[int, Field(ge=1)]
     bytes: Annotated[int, Field(ge=1)]
     sha256: Digest
+
+
+class ShardFile(NamedTuple):
+    """A tar file as it was found, before anyone read it."""
+
+    file: str
+    bytes: int
+    version: str
+    """Another one means other content: time of the last change, or the object's tag."""
 
 
 class ShardIndex(Config):

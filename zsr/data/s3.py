@@ -19,8 +19,8 @@ from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 from zsr.data.cache import ShardCache
-from zsr.data.index import Shard
-from zsr.data.storage import Storage
+from zsr.data.index import Shard, ShardFile
+from zsr.data.storage import FileMissing, Storage
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,24 @@ class S3Storage(Storage):
     def fetch(self, shard: Shard) -> Path:
         return self.cache.get(shard, self.address, lambda partial: self._download(shard, partial))
 
+    def list_tars(self) -> list[ShardFile]:
+        prefix = self._key("")
+
+        def read() -> list[dict[str, Any]]:
+            pages = self._client().get_paginator("list_objects_v2")
+            answers = pages.paginate(Bucket=self.bucket, Prefix=prefix, Delimiter="/")
+            return [entry for answer in answers for entry in answer.get("Contents", [])]
+
+        found = [ShardFile(e["Key"].removeprefix(prefix), e["Size"], e["ETag"]) for e in self._persist("", read)]
+        return [entry for entry in found if entry.file.endswith(".tar")]
+
+    def digest(self, found: ShardFile) -> str:
+        return self.cache.adopt(found, self.address, lambda partial: self._download(found, partial))
+
+    def parent(self) -> S3Storage:
+        above = self.prefix.rpartition("/")[0]
+        return S3Storage(f"s3://{self.bucket}/{above}", self.cache.folder, self.cache.max_bytes)
+
     def put(self, local: Path, name: str) -> None:
         def write() -> None:
             with local.open("rb") as file:
@@ -83,7 +101,7 @@ class S3Storage(Storage):
 
         self._persist(name, write)
 
-    def _download(self, shard: Shard, partial: Path) -> None:
+    def _download(self, shard: Shard | ShardFile, partial: Path) -> None:
         """Make ``partial`` hold as many bytes as the shard has, keeping what is there already."""
         with partial.open("ab") as file:
             if file.tell() > shard.bytes:
@@ -97,7 +115,7 @@ class S3Storage(Storage):
 
             self._persist(shard.file, fetch_rest, progress=file.tell)
 
-    def _fetch_rest(self, shard: Shard, file: IO[bytes], etag: dict[str, str]) -> None:
+    def _fetch_rest(self, shard: Shard | ShardFile, file: IO[bytes], etag: dict[str, str]) -> None:
         start = file.tell()
         key, rest = self._key(shard.file), f"bytes={start}-"
         answer = self._client().get_object(Bucket=self.bucket, Key=key, Range=rest, **etag)
@@ -155,7 +173,7 @@ class S3Storage(Storage):
         if code == "NoSuchBucket":
             return ValueError(f"there is no bucket {self.bucket!r} at this endpoint; check the address {self.address}")
         if status == 404:
-            return ValueError(f"there is no {what}")
+            return FileMissing(f"there is no {what}")
         if status == 416 or code == "InvalidRange":
             return ValueError(f"{what} is shorter than the index says")
         if status == 412:

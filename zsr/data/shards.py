@@ -8,7 +8,6 @@ threads and after a fork.
 from __future__ import annotations
 
 import os
-import tarfile
 import threading
 import weakref
 from collections import OrderedDict
@@ -18,8 +17,10 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from zsr.data.index import INDEX_FILE, Shard, ShardIndex, parse_index
-from zsr.data.storage import Storage, open_storage
+from zsr.data.clip_benchmark import scan_set
+from zsr.data.index import INDEX_FILE, ShardIndex, parse_index
+from zsr.data.storage import FileMissing, Storage, open_storage
+from zsr.data.tars import Member, list_samples
 
 _OPEN_TRIES = 5
 
@@ -31,23 +32,18 @@ class RawSample(NamedTuple):
     parts: dict[str, bytes]
 
 
-class _Member(NamedTuple):
-    extension: str
-    offset: int
-    size: int
-
-
 @dataclass
 class _OpenShard:
     descriptor: int
-    samples: list[tuple[str, list[_Member]]]
+    samples: list[tuple[str, list[Member]]]
 
 
 class ShardSet:
     """The samples of one set, numbered 0..N-1 in shard order.
 
     Args:
-        address: folder, ``s3://bucket/prefix`` or ``zsr:name/split``.
+        address: folder, ``s3://bucket/prefix`` or ``zsr:name/split``. What has no index.json may be in CLIP_benchmark's
+            layout; see ``zsr.data.clip_benchmark``.
         cache_dir: where remote shards are kept; see ``open_storage``.
 
     Raises:
@@ -56,7 +52,7 @@ class ShardSet:
 
     def __init__(self, address: str | Path, cache_dir: str | Path | None = None) -> None:
         self.storage: Storage = open_storage(address, cache_dir)
-        self.index: ShardIndex = parse_index(self.storage.read_text(INDEX_FILE), self.storage.address)
+        self.index: ShardIndex = read_index(self.storage, cache_dir)
         self._ends = np.cumsum(self.index.shard_sizes)
         self._max_open = 32
         self._reset()
@@ -125,7 +121,7 @@ class ShardSet:
                 file = self._open_file(shard)
                 # Closed when the last reader lets go: a thread may still be reading a shard that is dropped here.
                 try:
-                    opened = _OpenShard(file.fileno(), scan(file, self.index.shards[shard], self.address))
+                    opened = _OpenShard(file.fileno(), self._samples(file, shard))
                 except (ValueError, OSError):
                     file.close()
                     raise
@@ -135,6 +131,16 @@ class ShardSet:
                     self._opened.popitem(last=False)
             self._opened.move_to_end(shard)
             return opened
+
+    def _samples(self, file: BinaryIO, shard: int) -> list[tuple[str, list[Member]]]:
+        entry = self.index.shards[shard]
+        where = f"shard {entry.file} of {self.address}"
+        samples = list_samples(file, where)
+        if len(samples) != entry.samples:
+            raise ValueError(
+                f"{where} holds {len(samples)} samples, the index says {entry.samples}; run `zsr data verify`"
+            )
+        return samples
 
     def _open_file(self, shard: int) -> BinaryIO:
         for _ in range(_OPEN_TRIES - 1):
@@ -160,57 +166,14 @@ class ShardSet:
         self._reset()
 
 
-def scan(file: BinaryIO, shard: Shard, address: str) -> list[tuple[str, list[_Member]]]:
-    """Key and member ranges of each sample of a tar file open at its beginning; members with one key follow each other.
+def read_index(storage: Storage, cache_dir: str | Path | None = None) -> ShardIndex:
+    """The index of what lies at a place: its index.json, else one made by looking into the tars.
 
     Raises:
-        ValueError: the file is no tar, is compressed or cut short, or holds more or fewer samples than the index says.
+        ValueError: there is neither, or what is there cannot be used.
     """
-    where = f"shard {shard.file} of {address}"
-    samples: list[tuple[str, list[_Member]]] = []
-    for path_in_tar, offset, size in _plain_members(file) or _any_members(file, where):
-        folder, _, name = path_in_tar.rpartition("/")
-        stem, _, extension = name.partition(".")
-        key = f"{folder}/{stem}" if folder else stem
-        if not samples or samples[-1][0] != key:
-            samples.append((key, []))
-        samples[-1][1].append(_Member(extension.lower(), offset, size))
-    if len(samples) != shard.samples:
-        raise ValueError(f"{where} holds {len(samples)} samples, the index says {shard.samples}; run `zsr data verify`")
-    return samples
-
-
-def _plain_members(file: BinaryIO) -> list[tuple[str, int, int]]:
-    """(name, offset, size) of the files in a tar with nothing but plain headers, else an empty list.
-
-    Every loader process of a node scans every shard, so this must cost little beside decoding a few images; the tarfile
-    module takes ten times as long, and is left the tars with long names, extended headers or damage.
-    """
-    members: list[tuple[str, int, int]] = []
-    descriptor, at = file.fileno(), 0
-    end = os.fstat(descriptor).st_size
-    while True:
-        header = os.pread(descriptor, 512, at)
-        if len(header) < 512 or header[0] == 0:
-            return members if len(header) == 512 else []
-        digits = header[124:136].rstrip(b" \0")
-        if header[257:262] != b"ustar" or header[156] not in b"0\0" or not digits.isdigit() or header[345]:
-            return []
-        size = int(digits, 8)
-        name = header[: header.index(0)] if header[99] == 0 else header[:100]
-        members.append((name.decode("utf-8", "surrogateescape"), at + 512, size))
-        at += 512 + (size + 511) // 512 * 512
-        if at > end:
-            return []
-
-
-def _any_members(file: BinaryIO, where: str) -> list[tuple[str, int, int]]:
-    members: list[tuple[str, int, int]] = []
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    members.append((member.name, member.offset_data, member.size))
-    except tarfile.TarError as error:
-        raise ValueError(f"{where} is not a plain tar file: {error}") from None
-    return members
+        text = storage.read_text(INDEX_FILE)
+    except FileMissing as missing:
+        return scan_set(storage, missing, cache_dir)
+    return parse_index(text, storage.address)

@@ -7,9 +7,14 @@ import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from zsr.data.index import INDEX_FILE, Shard
+from zsr.data.cache import file_sha256
+from zsr.data.index import INDEX_FILE, Shard, ShardFile
 
 EMBEDDED = Path(__file__).parent / "embedded"
+
+
+class FileMissing(ValueError):
+    """The file is not there, which a reader may be able to do without; other faults are plain ValueErrors."""
 
 
 class Storage(ABC):
@@ -24,7 +29,8 @@ class Storage(ABC):
         """Content of a small file, such as index.json.
 
         Raises:
-            ValueError: there is no such file, or no access to it; the sentence says what to do.
+            FileMissing: there is no such file.
+            ValueError: there is no access to it; the sentence says what to do.
         """
 
     @abstractmethod
@@ -35,6 +41,27 @@ class Storage(ABC):
             ValueError: the shard is missing, inaccessible or not what the index describes.
             OSError: the transfer kept failing.
         """
+
+    @abstractmethod
+    def list_tars(self) -> list[ShardFile]:
+        """The tar files that lie here, in no particular order; empty where there is no such place.
+
+        Raises:
+            ValueError: no access.
+        """
+
+    @abstractmethod
+    def digest(self, found: ShardFile) -> str:
+        """The sha256 of a file that no index describes, read once from end to end; a remote one stays in the cache.
+
+        Raises:
+            ValueError: the file is gone, or there is no access to it.
+            OSError: the transfer kept failing.
+        """
+
+    @abstractmethod
+    def parent(self) -> Storage:
+        """The place above this one."""
 
     @abstractmethod
     def put(self, local: Path, name: str) -> None:
@@ -54,7 +81,9 @@ class LocalStorage(Storage):
         try:
             return (self.folder / name).read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise ValueError(f"the set {self.address} has no {name}; {_what_is_there(self.folder)}") from None
+            raise FileMissing(f"the set {self.address} has no {name}; {_what_is_there(self.folder)}") from None
+        except NotADirectoryError:
+            raise FileMissing(f"the set {self.address} is a file; a set is a folder of shards") from None
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{name} of the set {self.address} cannot be read: {error}") from None
 
@@ -68,6 +97,18 @@ class LocalStorage(Storage):
         if size != shard.bytes:
             raise ValueError(f"shard {shard.file} of {self.address} has {size} bytes, the index says {shard.bytes}")
         return path
+
+    def list_tars(self) -> list[ShardFile]:
+        if not self.folder.is_dir():
+            return []
+        found = [(path.name, path.stat()) for path in self.folder.glob("*.tar")]
+        return [ShardFile(name, status.st_size, str(status.st_mtime_ns)) for name, status in found]
+
+    def digest(self, found: ShardFile) -> str:
+        return file_sha256(self.folder / found.file)
+
+    def parent(self) -> LocalStorage:
+        return LocalStorage(Path(os.path.abspath(self.folder)).parent)
 
     def put(self, local: Path, name: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +172,9 @@ def _embedded(address: str) -> Path:
 def _what_is_there(folder: Path) -> str:
     if not folder.is_dir():
         return "there is no such folder"
-    if any((child / INDEX_FILE).exists() for child in folder.iterdir() if child.is_dir()):
-        splits = sorted(child.name for child in folder.iterdir() if (child / INDEX_FILE).exists())
+    splits = sorted(
+        child.name for child in folder.iterdir() if (child / INDEX_FILE).exists() or any(child.glob("*.tar"))
+    )
+    if splits:
         return f"its subfolders are sets: {', '.join(splits)}"
-    return "`zsr data convert` makes a set from a folder of images"
+    return "nor has it tars in CLIP_benchmark's layout. `zsr data convert` makes a set from a folder of images"
