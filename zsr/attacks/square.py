@@ -1,0 +1,160 @@
+"""Square: random search with square patches, no gradient (Andriushchenko et al., ECCV 2020, arXiv 1912.00049).
+
+Maximises the margin of the best wrong class; each query repaints one square of the perturbation and is kept where the loss
+rises. It catches models that hide their gradient: a model that Square breaks and APGD does not is one of them.
+
+Cost: 1 unit a query (no backward pass), for samples that have survived so far. What differs from the authors' code: every
+sample has squares of its own, drawn from its seed (theirs draws one place for the whole batch); squares may touch the last row
+and column (``edges``); in training it maximises the objective's loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from zsr.attacks.ascent import Look
+from zsr.attacks.base import AttackResult, BoundedAttack, BoundedConfig, Logits, PerSampleLoss
+from zsr.attacks.losses import margin
+from zsr.attacks.noise import derived_seeds, fill_uniform
+from zsr.attacks.patches import repainted_l2, repainted_linf, stripes, tiles
+from zsr.attacks.threat import ThreatModel
+
+_BLOCK = 250  # queries whose random numbers are drawn at once
+_CLEAR = 50  # queries between two looks from the host at which samples are done
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which the share of pixels halves
+
+
+class SquareConfig(BoundedConfig):
+    name: Literal["square"] = "square"
+    queries: Annotated[int, Field(ge=0)] = 5000
+    restarts: Annotated[int, Field(ge=1)] = 1
+    first_share: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Share of the image's pixels in the first squares; it halves after 10, 50, 200, ... queries."""
+    rescale: bool = False
+    """Stretch that schedule, made for 10000 queries, to the number of queries; AutoAttack does not."""
+    edges: bool = True
+    """Squares may touch the last row and column, as the paper has it. The authors' code leaves these two out, which matters for
+    images of a few pixels."""
+
+
+class Square(BoundedAttack[SquareConfig]):
+    """Repaint squares at random; keep what raises the loss."""
+
+    def perturb(
+        self, loss: PerSampleLoss, image_BCHW: Tensor, seeds: Sequence[int], progress: float = 1.0
+    ) -> AttackResult:
+        threat = self.threat(progress)
+        found_BCHW = image_BCHW
+        if threat.eps:
+            found_BCHW, _ = self._restarts(lambda x, _: (loss(x), None), threat, image_BCHW, seeds)
+        return AttackResult(found_BCHW, torch.zeros(len(image_BCHW), dtype=torch.bool, device=image_BCHW.device))
+
+    @torch.no_grad()
+    def attack_classifier(
+        self, logits: Logits, image_BCHW: Tensor, label_B: Tensor, seeds: Sequence[int]
+    ) -> AttackResult:
+        threat = self.threat()
+        zero_grad_B = torch.zeros(len(image_BCHW), dtype=torch.bool, device=image_BCHW.device)
+        wrong_B = logits(image_BCHW).argmax(1) != label_B
+        right = (~wrong_B).nonzero().flatten()
+        if threat.eps == 0 or not len(right):
+            return AttackResult(image_BCHW, zero_grad_B, wrong_B)
+
+        def look(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+            logits_BC, own_B = logits(x), label_B[right[rows]]
+            return margin(logits_BC, own_B), logits_BC.argmax(1) != own_B
+
+        image_BCHW = image_BCHW.clone()
+        image_BCHW[right], wrong_B[right] = self._restarts(
+            look, threat, image_BCHW[right], [seeds[row] for row in right.tolist()]
+        )
+        return AttackResult(image_BCHW, zero_grad_B, wrong_B)
+
+    @torch.no_grad()
+    def _restarts(
+        self, look: Look, threat: ThreatModel, image_BCHW: Tensor, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Image of highest loss, or the first success, and whether it is one."""
+        search = _Search(look, threat, image_BCHW, self.config.edges)
+        for restart in range(self.config.restarts):
+            search.start(derived_seeds(seeds, "square", restart))
+            for query in range(self.config.queries):
+                if query % _CLEAR == 0 or query & (query - 1) == 0:
+                    search.drop_done()
+                    if not len(search.row_B):
+                        break
+                search.query(query, self._side(query, image_BCHW))
+            search.finish()
+        return search.found_BCHW, search.success_B
+
+    def _side(self, query: int, image_BCHW: Tensor) -> int:
+        """Side of the squares at this query, in pixels."""
+        height, width = image_BCHW.shape[2:]
+        moment = query * 10000 // self.config.queries if self.config.rescale else query
+        share = self.config.first_share / 2 ** sum(moment > change for change in _HALVINGS)
+        return min(max(round((share * height * width) ** 0.5), 1), height, width)
+
+
+class _Search:
+    """The random search of one batch. ``row_B`` are the samples still searched; other fields have a row for each of them,
+    except ``found_BCHW`` and its companions, which have a row for each sample given."""
+
+    def __init__(self, look: Look, threat: ThreatModel, image_BCHW: Tensor, edges: bool) -> None:
+        num, device = len(image_BCHW), image_BCHW.device
+        self.look, self.threat, self.all_BCHW, self.edges = look, threat, image_BCHW, edges
+        self.found_BCHW = image_BCHW.clone()
+        self.found_loss_B = torch.full((num,), -torch.inf, dtype=image_BCHW.dtype, device=device)
+        self.success_B = torch.zeros(num, dtype=torch.bool, device=device)
+
+    def start(self, seeds: Sequence[int]) -> None:
+        """Stripes (L-inf) or tiles (L2) on every sample that is not lost yet."""
+        self.seeds = seeds
+        self.row_B = (~self.success_B).nonzero().flatten()
+        self.image_BCHW = self.all_BCHW[self.row_B]
+        make = stripes if self.threat.norm == "linf" else tiles
+        delta_BCHW = make(self.image_BCHW, self._seeds("start")) * self.threat.eps
+        self.best_BCHW = self._attacked(delta_BCHW)
+        self.best_loss_B, success_B = self.look(self.best_BCHW, self.row_B)
+        self.done_B = torch.zeros_like(self.row_B, dtype=torch.bool) if success_B is None else success_B
+        self.random_BQK = self.image_BCHW.new_empty(len(self.row_B), 0)  # drawn block by block
+
+    def query(self, query: int, side: int) -> None:
+        if query % _BLOCK == 0:
+            numbers = torch.empty(len(self.row_B), _BLOCK, 5 + self.image_BCHW.shape[1], device=self.row_B.device)
+            self.random_BQK = fill_uniform(numbers, self._seeds(query))
+        repaint = repainted_linf if self.threat.norm == "linf" else repainted_l2
+        delta_BCHW = repaint(
+            self.best_BCHW - self.image_BCHW, self.threat.eps, side, self.random_BQK[:, query % _BLOCK], self.edges
+        )
+        attacked_BCHW = self._attacked(delta_BCHW)
+        loss_B, success_B = self.look(attacked_BCHW, self.row_B)
+        better_B = (loss_B > self.best_loss_B) & ~self.done_B
+        if success_B is not None:
+            better_B |= success_B & ~self.done_B
+            self.done_B = self.done_B | success_B
+        self.best_BCHW = torch.where(better_B.view(-1, 1, 1, 1), attacked_BCHW, self.best_BCHW)
+        self.best_loss_B = torch.where(better_B, loss_B, self.best_loss_B)
+
+    def drop_done(self) -> None:
+        self.finish()
+        keep = (~self.done_B).nonzero().flatten()
+        for name in ("row_B", "image_BCHW", "best_BCHW", "best_loss_B", "done_B", "random_BQK"):
+            setattr(self, name, getattr(self, name)[keep])
+
+    def finish(self) -> None:
+        """Write down what was found for the samples in the search."""
+        take_B = self.done_B | (self.best_loss_B > self.found_loss_B[self.row_B])
+        self.found_BCHW[self.row_B[take_B]] = self.best_BCHW[take_B]
+        self.found_loss_B[self.row_B[take_B]] = self.best_loss_B[take_B]
+        self.success_B[self.row_B] |= self.done_B
+
+    def _attacked(self, delta_BCHW: Tensor) -> Tensor:
+        return (self.image_BCHW + self.threat.project(delta_BCHW, self.image_BCHW)).clamp(0, 1)
+
+    def _seeds(self, purpose: object) -> list[int]:
+        return derived_seeds([self.seeds[row] for row in self.row_B.tolist()], purpose)
