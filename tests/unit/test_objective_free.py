@@ -219,7 +219,7 @@ def test_encoder_passes_are_those_that_the_cost_says(tmp_path, name, steps):
     passes: Counter[str] = Counter()
 
     def watch(tower: torch.nn.Module, kind: str) -> None:
-        first, last = tower.visual.conv1, tower.visual.transformer
+        first, last = tower.visual.conv1, tower.visual.transformer.resblocks[0]
 
         def forward(*_: Any) -> None:
             passes[f"{kind} forward"] += 1

@@ -49,7 +49,7 @@ def test_from_the_second_epoch_on_the_frozen_tower_rests_and_the_loss_is_the_sam
         model = load_model(config.model)
         made = TrainStep(config, model, TextBank(model), ["cat", "dog", "boat"], ["a photo of a {}."])
         passes: list[int] = []
-        made.frozen.visual.transformer.register_forward_hook(lambda *_: passes.append(1))
+        made.frozen.visual.transformer.resblocks[0].register_forward_hook(lambda *_: passes.append(1))
         with torch.no_grad():
             for parameter in made.parameters:
                 parameter += 0.01 * torch.randn(

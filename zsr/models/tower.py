@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zsr.config.schema import ModelConfig, Precision
+from zsr.models.fast_last_block import can_skip_patches, class_token_of
 from zsr.models.prompts import PadPrompt, TokenPrompt, make_prompt
 from zsr.models.robust_attention import HiddenColumns, use_plain_attention, use_robust_attention
 
@@ -138,6 +139,8 @@ class ImageTower(nn.Module):
         x_BLE = visual._embeds(input_BCHW)
         if isinstance(self.prompt, TokenPrompt):
             x_BLE = visual.transformer(self.prompt(x_BLE, visual.ln_pre))[:, : x_BLE.shape[1]]
+        elif not tokens and can_skip_patches(visual):
+            x_BLE = class_token_of(visual.transformer, x_BLE)
         else:
             x_BLE = visual.transformer(x_BLE)
         raw_BD = self._project(visual._pool(x_BLE)[0])

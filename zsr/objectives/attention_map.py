@@ -56,8 +56,11 @@ class TextGuidedAttention(Objective[AttentionT]):
     whose gradient is taken as 0 where the maps are equal. ``A_0(x)``, the frozen model's, is a constant of each sample.
     """
 
-    needs_tokens = True
     tecoa_settings: ClassVar[dict[str, Any] | None] = {"weight_ar": 0.0, "weight_amc": 0.0}
+
+    @property
+    def needs_tokens(self) -> bool:
+        return bool(self.config.weight_ar or self.config.weight_amc)
 
     @property
     def views(self) -> frozenset[View]:

@@ -154,7 +154,6 @@ class Objective(Plugin[ObjectiveT]):
     """Base of all objectives. Subclassing with a config registers the objective under its config's name.
 
     Attributes:
-        needs_tokens: whether views carry projected patch tokens; the attack's own passes never do.
         uses_classes: whether the loss or the attack reads labels or class embeddings; without, the training set needs neither
             labels nor class names.
         tecoa_settings: settings at which the objective equals TeCoA exactly, or None if there are none; the free tests
@@ -162,7 +161,6 @@ class Objective(Plugin[ObjectiveT]):
     """
 
     registry = OBJECTIVES
-    needs_tokens: ClassVar[bool] = False
     uses_classes: ClassVar[bool] = True
     tecoa_settings: ClassVar[dict[str, Any] | None] = None
 
@@ -170,6 +168,11 @@ class Objective(Plugin[ObjectiveT]):
     def views(self) -> frozenset[View]:
         """The views that :meth:`loss` reads with these settings; the engine makes no others."""
         return frozenset({"adv"})
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether views carry projected patch tokens with these settings; the attack's own passes never do."""
+        return False
 
     @property
     def attack_views(self) -> frozenset[View]:

@@ -57,8 +57,11 @@ class CcrCcsConfig(ObjectiveConfig):
 
 
 class CcrCcs(Objective[CcrCcsConfig]):
-    needs_tokens = True
     tecoa_settings: ClassVar[dict[str, Any] | None] = {"weight_ccr": 0.0, "weight_ccs": 0.0}
+
+    @property
+    def needs_tokens(self) -> bool:
+        return bool(self.config.weight_ccr or self.config.weight_ccs)
 
     def loss(self, ctx: StepContext) -> LossOutput:
         config = self.config
