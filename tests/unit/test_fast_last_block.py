@@ -9,10 +9,12 @@ import pytest
 import torch
 from tiny_clip import ARCHITECTURE
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import zsr  # noqa: F401  first: makes torchvision importable beside CPU torch
 from zsr.config import ModelConfig
-from zsr.models.fast_last_block import can_skip_patches, class_token_of
+from zsr.models.fast_last_block import can_skip_patches, class_token_of, skipped_macs
 from zsr.models.fast_layers import use_fast_layers
 from zsr.models.robust_attention import use_robust_attention
 
@@ -79,3 +81,19 @@ def test_towers_that_need_their_patches_or_other_attention_are_left_alone():
         16, {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 64}, ARCHITECTURE["text_cfg"]
     ).visual
     assert not can_skip_patches(resnet)
+
+
+@pytest.mark.parametrize("vision", [{}, {"mlp_ratio": 2.0}])
+def test_the_arithmetic_left_out_is_what_a_counter_misses(vision):
+    visual, x = make_visual(**vision).double(), torch.randn(1, 17, 32, dtype=torch.float64)
+
+    def macs(run: Any) -> float:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops() / 2
+
+    whole, token = (
+        macs(lambda f=f: f()) for f in (lambda: visual.transformer(x), lambda: class_token_of(visual.transformer, x))
+    )
+    assert whole - token == skipped_macs(visual) > 0
+    assert skipped_macs(make_visual(fast=False)) == 0

@@ -42,3 +42,14 @@ def class_token_of(transformer: nn.Module, x_BLE: Tensor) -> Tensor:
     first_B1E = x_BLE[:, :1] + last.ls_1(last.attn.attend_first(last.ln_1(x_BLE)))
     token_B1E: Tensor = first_B1E + last.ls_2(last.mlp(last.ln_2(first_B1E)))
     return token_B1E
+
+
+def skipped_macs(visual: nn.Module) -> float:
+    """Multiply-accumulates of one image's forward pass that :func:`class_token_of` leaves out; 0 where it is not used."""
+    if not can_skip_patches(visual):
+        return 0.0
+    last = cast(Any, visual).transformer.resblocks[-1]
+    tokens, width = cast(Any, visual).positional_embedding.shape
+    weights = [parameter.numel() for parameter in last.mlp.parameters() if parameter.dim() == 2]
+    per_token = sum(weights) + last.attn.out_proj.weight.numel() + width * width  # and its query
+    return float((tokens - 1) * (per_token + 2 * tokens * width))
