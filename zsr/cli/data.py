@@ -85,6 +85,22 @@ def info(address: Address) -> None:
 
 
 @app.command()
+def suite(
+    name: Annotated[str | None, typer.Argument(metavar="[SUITE]", help="One protocol; all sets without.")] = None,
+    root: Annotated[
+        str | None, typer.Option("--root", help="Folder or s3://bucket/prefix to look for them in.")
+    ] = None,
+    count: Annotated[
+        bool, typer.Option("--count", help="Also look into tars that have no index, which reads all of them once.")
+    ] = False,
+) -> None:
+    """List the zero-shot test sets and the protocols that measure on them, and which sets are there."""
+    from zsr.cli import suite as page
+
+    page.show(name, root, count)
+
+
+@app.command()
 def index(address: Address) -> None:
     """Write index.json beside tars in CLIP_benchmark's layout, so that no other machine has to look into them."""
     from zsr.data.clip_benchmark import write_index
