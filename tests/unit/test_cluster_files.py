@@ -118,6 +118,16 @@ def test_launcher_files_bound_the_bill_and_guard_the_cluster(name: str) -> None:
     assert "--privileged" not in options
 
 
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_every_fixed_port_is_on_the_security_page(name: str) -> None:
+    table = (ROOT / "docs" / "security.md").read_text().split("## Ports")[1].split("## By way")[0]
+    tree = launcher(name)
+    for command in (tree["head_start_ray_commands"][-1], tree["worker_start_ray_commands"][-1]):
+        ports = re.findall(r"port=(\d+)", command)
+        assert len(ports) >= 4
+        assert set(ports) <= set(re.findall(r"\d+", table))
+
+
 def is_spot(node: Tree) -> bool:
     on_gcp = any(entry.get("provisioningModel") == "SPOT" for entry in node.get("scheduling", []))
     return on_gcp or node.get("InstanceMarketOptions", {}).get("MarketType") == "spot"
