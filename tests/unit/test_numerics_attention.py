@@ -414,14 +414,6 @@ def test_a_batch_of_one_prompt_has_nothing_to_swap_in():
     assert terms["ccs"] == 0
 
 
-def test_re_sourcing_needs_two_patches():
-    case = constraint_case()
-    case["adv_tokens"] = [tokens[:1] for tokens in case["adv_tokens"]]
-    with pytest.raises(ValueError, match=r"objective.weight_ccr=1.0: needs two patches or more.*use 0"):
-        Bench("ccr_ccs", {}, case, LABEL, scale=SCALE).loss()
-    assert set(Bench("ccr_ccs", {"weight_ccr": 0}, case, LABEL, scale=SCALE).loss()[1]) == {"ce", "ccs"}
-
-
 def test_without_its_constraints_it_is_tecoa_to_the_last_bit():
     bench = Bench("ccr_ccs", {"weight_ccr": 0, "weight_ccs": 0}, constraint_case(), LABEL, scale=SCALE)
     assert bench.objective.views == {"adv"} and bench.objective.cost_units(2) == 7

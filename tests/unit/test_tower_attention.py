@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zsr.config import ModelConfig
 from zsr.models import ImageTower, RobustCLIP, export_open_clip, load_model
 from zsr.models.attention import ContiguousAttention, use_fast_attention
-from zsr.models.robust_attention import HiddenColumns, RobustAttention
+from zsr.models.robust_attention import DEFAULT_SEED, HiddenColumns, RobustAttention
 
 WIDTH, HEADS, LENGTH = 12, 3, 7
 
@@ -29,7 +29,16 @@ WIDTH, HEADS, LENGTH = 12, 3, 7
 def robust(cap: float = 0.0, drop: float = 0.0, kind: str = "average", precision: Any = "fp32") -> ImageTower:
     tower = tower_of(build(VITS[kind]), precision)
     tower.equip(ModelConfig(attention_cap=cap, attention_drop=drop))
+    if drop:
+        hide(tower, DEFAULT_SEED)
     return tower.eval()
+
+
+def hide(tower: ImageTower, seed: int) -> None:
+    """What ``hiding_columns`` does, for good."""
+    assert tower.columns is not None
+    tower.columns.active = True
+    tower.columns.reseed(seed)
 
 
 def layer(cap: float, columns: HiddenColumns | None = None) -> Any:
@@ -38,6 +47,8 @@ def layer(cap: float, columns: HiddenColumns | None = None) -> Any:
     nn.init.normal_(module.in_proj_weight, std=0.7)
     nn.init.normal_(module.in_proj_bias)
     module.cap, module.columns, module.__class__ = cap, columns, RobustAttention
+    if columns is not None:
+        columns.active = True
     return module
 
 
@@ -135,12 +146,12 @@ def test_reseeding_repeats_the_draws_and_other_passes_differ():
     pixels = make_pixels(tower.visual)
     first, second = tower(pixels).raw_BD, tower(pixels).raw_BD
     assert not torch.allclose(first, second, atol=1e-4)
-    tower.reseed(0)
+    hide(tower, 0)
     assert torch.equal(tower(pixels).raw_BD, first)  # the seed it starts with
-    tower.reseed(7)
+    hide(tower, 7)
     other = tower(pixels).raw_BD
     assert not torch.allclose(other, first, atol=1e-4)
-    tower.reseed(7)
+    hide(tower, 7)
     assert torch.equal(tower(pixels).raw_BD, other)
 
 
@@ -153,7 +164,7 @@ def test_the_global_random_stream_is_neither_read_nor_moved():
     first = tower(pixels).raw_BD
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    tower.reseed(0)
+    hide(tower, 0)
     assert torch.equal(tower(pixels).raw_BD, first)
 
 
@@ -163,15 +174,27 @@ def test_columns_are_the_same_for_the_whole_batch():
     pixels = make_pixels(tower.visual, num=3)
     together = tower(pixels).raw_BD
     for place in range(3):
-        tower.reseed(0)
+        hide(tower, 0)
         assert torch.allclose(tower(pixels[place : place + 1]).raw_BD[0], together[place], rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_hidden_in_training():
+def test_columns_are_hidden_only_where_it_is_asked_for_and_from_the_seed_on():
     visual = build(VITS["average"])
     pixels = make_pixels(visual)
-    tower = robust(drop=0.3).train()
-    assert torch.allclose(tower(pixels).raw_BD, tower_of(visual)(pixels).raw_BD, rtol=1e-5, atol=1e-5)
+    plain = tower_of(visual)(pixels).raw_BD
+    tower = tower_of(copy.deepcopy(visual))
+    tower.equip(ModelConfig(attention_drop=0.3))
+    for mode in (True, False):
+        assert torch.allclose(tower.train(mode)(pixels).raw_BD, plain, rtol=1e-5, atol=1e-5)
+    with tower.hiding_columns(4):
+        first = tower(pixels).raw_BD
+        with tower.hiding_columns(5):
+            other = tower(pixels).raw_BD
+        assert not torch.allclose(tower(pixels).raw_BD, plain, atol=1e-4)  # still hidden after the inner one
+    assert not torch.allclose(first, plain, atol=1e-4) and not torch.allclose(first, other, atol=1e-4)
+    assert torch.allclose(tower(pixels).raw_BD, plain, rtol=1e-5, atol=1e-5)
+    with tower.hiding_columns(4):
+        assert torch.equal(tower(pixels).raw_BD, first)
 
 
 @torch.no_grad()
@@ -181,19 +204,22 @@ def test_a_copy_has_a_stream_of_its_own_shared_by_its_blocks():
     tower(pixels)
     twin = copy.deepcopy(tower)
     assert torch.equal(twin(pixels).raw_BD, tower(pixels).raw_BD)
-    twin.reseed(5)
+    hide(twin, 5)
     twin(pixels)
-    tower.reseed(5)
+    hide(tower, 5)
     tower(pixels)
     streams = {id(module.columns) for module in twin.modules() if isinstance(module, RobustAttention)}
     assert streams == {id(twin.columns)} and twin.columns is not tower.columns
     assert torch.equal(twin(pixels).raw_BD, tower(pixels).raw_BD)
 
 
-def test_without_randomness_there_is_nothing_to_reseed():
+@torch.no_grad()
+def test_without_randomness_hiding_changes_nothing():
     tower = robust(cap=0.5)
-    tower.reseed(3)
-    assert tower.columns is None
+    pixels = make_pixels(tower.visual)
+    before = tower(pixels).raw_BD
+    with tower.hiding_columns(3):
+        assert tower.columns is None and torch.equal(tower(pixels).raw_BD, before)
 
 
 # In a model.

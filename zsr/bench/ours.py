@@ -31,7 +31,7 @@ class BenchTrainer(Trainer):
         self.config, self.model = config, model
         self.device = model.text_projection.device
         self.step_fn = TrainStep(config, model, TextBank(model), class_names, [template])
-        self.optimizer = make_optimizer(config.optim, self.step_fn.parameters)
+        self.optimizer = make_optimizer(config.optim, self.step_fn.parameters, self.step_fn.text_parameters)
         self.total_steps = 1_000_000  # settings that depend on progress stay where a run starts
         self.meters = Meters()
         self.state = TrainState()

@@ -60,6 +60,12 @@ def load_named(name: str, pretrained: str | None, precision: Precision, device: 
         typer.echo(f"model={checkpoint}", err=True)
         model, config = load_trained(checkpoint, device)
         model.image.precision = precision
+        if model.image.columns is not None:
+            typer.echo(
+                f"note: model.attention_drop={model.image.columns.share:g} makes this model random; robust accuracy from "
+                "one draw a step is too high (an attack would average over draws, EOT)",
+                err=True,
+            )
         return model, config.data.template
     model = load_model(ModelConfig(name=name, pretrained=pretrained), precision, device)
     model.eval()

@@ -43,7 +43,7 @@ class ModelConfig(Config):
     attention_cap: Annotated[float, Field(ge=0, le=1)] = 0.0
     """RAM (zsr/models/robust_attention.py): most weight that the image tower's attention may give one key; 0 is off."""
     attention_drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """RAM: share of keys hidden at random in each attention of the image tower in eval mode; 0 is off."""
+    """RAM: share of keys hidden at random in each attention of the image tower in evaluation; 0 is off."""
     expand_text: bool = False
     """Spread class embeddings out around their mean (LAAT), with the training classes' mean and widest angle."""
 
@@ -80,6 +80,8 @@ class OptimConfig(Config):
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: Positive = 1e-4
+    text_lr_factor: Positive = 1.0
+    """Learning rate of the text map in units of lr, for objectives that tune it; a visual prompt's rate is too high for it."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD's momentum; AdamW's first beta."""
     weight_decay: Weight = 0.0

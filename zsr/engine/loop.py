@@ -81,12 +81,17 @@ class Trainer:
         self.step_fn = TrainStep(config, self.model, self.bank, named.classes, self._templates(named))
         if self.step_fn.objective.uses_classes and not self.train_set.has_labels:
             raise ValueError(
-                f"data.train={config.data.train}: has no labels, and objective.name={config.objective.name} uses them; "
+                f"data.train={config.data.train}: has no labels, and objective.name={config.objective.name} uses classes; "
                 "choose an objective that uses none (fare), or convert the images with their classes"
+            )
+        if config.model.expand_text and not self.train_set.has_labels:
+            raise ValueError(
+                f"model.expand_text=true: is fitted on the classes of data.train={config.data.train}, which has none; "
+                "leave it off"
             )
         if not self.val_set.has_labels:
             raise ValueError(f"data.val={config.data.val}: has no labels; accuracy needs a set with classes")
-        self.optimizer = make_optimizer(config.optim, self.step_fn.parameters)
+        self.optimizer = make_optimizer(config.optim, self.step_fn.parameters, self.step_fn.text_parameters)
         self.val_attack = ATTACKS.build(config.eval.attack)
 
         self.steps_per_epoch = num_steps_per_epoch(self.train_set, config.train.batch_size, config.data.last_batch)

@@ -99,8 +99,7 @@ def evaluate(
     counts = torch.zeros(4 + len(stages), dtype=torch.float64, device=device)
     mine = len(subset_ids(len(shards), num_samples)[rank::world_size])
     done = 0
-    head.model.image.reseed(seed)
-    with input_gradients_only(head.model.image):
+    with input_gradients_only(head.model.image), head.model.image.hiding_columns(seed):
         for batch in eval_batches(
             shards,
             image_size=head.model.image_size,

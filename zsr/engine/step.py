@@ -51,6 +51,7 @@ class TrainStep:
                 f"objective.name={config.objective.name} needs patch tokens, and model.name={config.model.name} has none: "
                 f"{model.image.tokens_missing}"
             )
+        self.objective.check(config.attack, model)
         model.text_projection.requires_grad_(self.objective.tunes_text)
         self.frozen = self._copy_frozen()
         self.features_CKE = bank.features(class_names, templates)
@@ -63,12 +64,18 @@ class TrainStep:
             for name, template in self.objective.extra_templates.items()
         }
         self._constants: dict[str, Tensor] = {}
+        self._global_batch = config.train.batch_size
         self._cache = SampleCache() if config.train.cache_frozen and self.frozen is not None else None
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """What the optimizer moves, in a fixed order."""
         return [p for p in (*self.model.image.parameters(), self.model.text_projection) if p.requires_grad]
+
+    @property
+    def text_parameters(self) -> list[torch.nn.Parameter]:
+        """Those of :attr:`parameters` that belong to the text side."""
+        return [p for p in (self.model.text_projection,) if p.requires_grad]
 
     def __call__(
         self,
@@ -87,7 +94,6 @@ class TrainStep:
             progress: of training, in [0, 1].
             keys: of the samples, for what is kept by sample; without them nothing is kept.
         """
-        self.model.image.reseed(seeds[0])  # a resumed run draws what the uninterrupted one would have drawn
         text_CD = self.text0_CD  # a constant unless the text side is tuned
         if self.objective.tunes_text:
             text_CD = self.model.class_embeddings(self.features_CKE)
@@ -128,6 +134,7 @@ class TrainStep:
             progress,
             self.extra_text_CD,
             self._constants,
+            self._global_batch,
             None if self._cache is None or keys is None else cached_per_sample,
         )
         scalars: dict[str, Tensor] = {}

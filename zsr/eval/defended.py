@@ -35,7 +35,7 @@ class DefendedCLIP:
         seed: of the defence's noise.
 
     Raises:
-        ValueError: no defence has that name.
+        ValueError: no defence has that name, or the model's attention is random (``model.attention_drop``).
     """
 
     def __init__(
@@ -45,6 +45,11 @@ class DefendedCLIP:
         frozen: ImageTower | None = None,
         seed: int = 0,
     ) -> None:
+        if model.image.columns is not None:
+            raise ValueError(
+                f"model.attention_drop={model.image.columns.share:g}: the tower is random, and a defence that looks at how "
+                "features move would look at that; use one or the other"
+            )
         self.model = model
         self.defense = _build(defense)
         self.frozen = model.image if frozen is None else frozen

@@ -8,6 +8,8 @@ Normalisation happens inside, so pixels are in [0, 1] for everyone outside and a
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -193,11 +195,14 @@ def load_model(config: ModelConfig, precision: Precision = "fp32", device: str |
             _check_architecture(name, pretrained)
         tag = None if pretrained == RANDOM else pretrained
         try:
-            model = open_clip.create_model(name, pretrained=tag, require_pretrained=pretrained != RANDOM)
+            # Random weights are the same whenever they are loaded: a checkpoint does not carry the text transformer.
+            with _seeded() if pretrained == RANDOM else nullcontext():
+                model = open_clip.create_model(name, pretrained=tag, require_pretrained=pretrained != RANDOM)
             tokenizer = open_clip.get_tokenizer(name)
             architecture = _architecture(name, model)
         except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(f"model.name={name} model.pretrained={pretrained}: cannot be loaded: {error}") from error
+    _still(cast(nn.Module, model.visual))
     if config.fast_layers:
         use_fast_layers(model)
     robust = RobustCLIP(model, tokenizer, name, architecture, precision)
@@ -206,6 +211,31 @@ def load_model(config: ModelConfig, precision: Precision = "fp32", device: str |
     if config.compile:
         compile_blocks(robust.image.visual)
     return robust
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def _still(visual: nn.Module) -> None:
+    """Switch off what an image tower does at random in training: dropped units, paths and patches.
+
+    Fine-tuning compares views of one image, resumes bit for bit and trains on many workers as on one; noise that belongs to
+    pre-training from scratch stands in the way of all three. Some of open_clip's configs bring it along.
+    """
+    modules: list[Any] = list(visual.modules())
+    for module in modules:
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+        elif type(module).__name__ == "DropPath":  # timm's stochastic depth
+            module.drop_prob = 0.0
+        elif type(module).__name__ == "PatchDropout":  # open_clip's and timm's
+            module.prob = 0.0
 
 
 def _check_architecture(name: str, pretrained: str | None) -> None:

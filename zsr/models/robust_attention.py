@@ -10,10 +10,11 @@ against perturbations of all pixels is for an experiment to say:
 - The cap holds before the division, after which a weight may lie above it. A key at the cap passes no gradient to queries
   and keys, and the smaller the cap, the nearer attention is to uniform: with a small one, look at the share of samples
   without an input gradient before believing a robust accuracy.
-- Columns are hidden in eval mode only, which includes an attack in training. Each block draws anew at each forward pass, one
-  set of columns for the whole batch and all heads; the class token's column is never hidden, those of prompt tokens may be.
-  Attacking a random model takes the expectation over its randomness (EOT, Athalye et al., ICML 2018): a robust accuracy
-  measured with one draw per step is too high.
+- Columns are hidden where :meth:`ImageTower.hiding_columns` says so, as every evaluation does, and never in training, whose
+  steps stay functions of their samples. Each block draws anew at each forward pass, one set of columns for the whole batch
+  and all heads, so that predictions depend on the batch; the class token's column is never hidden, those of prompt tokens
+  may be. Attacking a random model takes the expectation over its randomness (EOT, Athalye et al., ICML 2018): a robust
+  accuracy measured with one draw per step is too high.
 
 The weights are held in full, ``[B, heads, L, L]``, so memory grows with the square of the number of patches.
 
@@ -39,6 +40,7 @@ class HiddenColumns:
 
     def __init__(self, share: float) -> None:
         self.share = share
+        self.active = False
         self._generator = torch.Generator().manual_seed(DEFAULT_SEED)  # on the CPU: the same columns on every device
 
     def reseed(self, seed: int) -> None:
@@ -53,6 +55,7 @@ class HiddenColumns:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HiddenColumns:
         other = HiddenColumns(self.share)
+        other.active = self.active
         other._generator.set_state(self._generator.get_state())
         memo[id(self)] = other  # blocks that shared one stream share the copy
         return other
@@ -63,7 +66,7 @@ class RobustAttention(ContiguousAttention):
 
     Attributes:
         cap: largest weight before renormalising; 0 for none.
-        columns: what hides columns in eval mode; None for nothing.
+        columns: what hides columns while it is active; None for nothing.
         plain_class: what it was before, and becomes again in a copy of the pre-trained tower.
     """
 
@@ -91,7 +94,7 @@ class RobustAttention(ContiguousAttention):
         weight_BhLL = (q @ k.transpose(-2, -1) * self.head_dim**-0.5).float().softmax(dim=-1)
         if self.cap:
             weight_BhLL = weight_BhLL.clamp(max=self.cap)
-        if self.columns is not None and not self.training:
+        if self.columns is not None and self.columns.active:
             weight_BhLL = weight_BhLL.masked_fill(self.columns.draw(length).to(query.device), 0.0)
         total_BhL1 = weight_BhLL.sum(dim=-1, keepdim=True)
         weight_BhLL = weight_BhLL / total_BhL1.clamp(min=torch.finfo(torch.float32).tiny)

@@ -9,6 +9,7 @@ small matrix product and a frozen one costs nothing.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -62,7 +63,8 @@ class TextBank:
 
     @cached_property
     def _text_digest(self) -> str:
-        digest = hashlib.sha256()
+        # Weights alone do not say how they are used: activation and heads are the architecture's.
+        digest = hashlib.sha256(json.dumps(self._model.architecture, sort_keys=True, default=str).encode())
         for name, value in sorted(self._model.open_clip.state_dict().items()):
             if not name.startswith("visual.") and not name.endswith(("logit_scale", "text_projection")):
                 digest.update(name.encode())

@@ -6,6 +6,8 @@ Shapes: B images, D embedding width, E width inside the tower, L tokens of a seq
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -87,10 +89,22 @@ class ImageTower(nn.Module):
             self.visual.requires_grad_(False)
         self.columns = use_robust_attention(self.visual, config, self.is_vit)
 
-    def reseed(self, seed: int) -> None:
-        """Start the tower's own random stream anew; without ``model.attention_drop`` it has none, and nothing happens."""
-        if self.columns is not None:
-            self.columns.reseed(seed)
+    @contextmanager
+    def hiding_columns(self, seed: int) -> Iterator[None]:
+        """Hide random columns of attention in here, from a stream that starts at ``seed`` (``model.attention_drop``).
+
+        Without that setting nothing happens.
+        """
+        if self.columns is None:
+            yield
+            return
+        before = self.columns.active
+        self.columns.reseed(seed)
+        self.columns.active = True
+        try:
+            yield
+        finally:
+            self.columns.active = before
 
     def pretrained_copy(self) -> ImageTower:
         """A frozen copy in eval mode, without prompt and with plain attention: the pre-trained tower, before training."""
@@ -101,10 +115,11 @@ class ImageTower(nn.Module):
 
     def train(self, mode: bool = True) -> ImageTower:
         super().train(mode)
-        if self.prompt is not None:  # a frozen tower keeps its running statistics, too
-            for module in self.visual.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        # Batch norm keeps the pre-trained statistics: with the batch's own, what a sample gives would depend on its batch and
+        # its worker, and the model in training would be another one than in attack and evaluation.
+        for module in self.visual.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         return self
 
     def forward(self, image_BCHW: Tensor, tokens: bool = False) -> ImageFeatures:

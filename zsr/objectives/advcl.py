@@ -38,7 +38,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zsr.config.base import Positive, Weight
-from zsr.models import ImageFeatures
+from zsr.config.plugins import PluginConfig
+from zsr.models import ImageFeatures, RobustCLIP
 from zsr.objectives.base import LossOutput, Objective, ObjectiveConfig, StepContext, View, weighted_sum
 
 
@@ -76,6 +77,10 @@ class Advcl(Objective[AdvclConfig]):
     def attack_views(self) -> frozenset[View]:
         joint = self.config.attack == "joint" and self.config.weight_contrast
         return frozenset({"clean"} if joint else ())
+
+    def check(self, attack: PluginConfig, model: RobustCLIP) -> None:
+        if "extra" in self.views:
+            _check_radius(self.config.radius, model.image_size, model.image_size)
 
     def extra_image(self, image_BCHW: Tensor) -> Tensor:
         high_BCHW = remove_low_frequencies(image_BCHW, self.config.radius)
@@ -141,14 +146,18 @@ def remove_low_frequencies(image_BCHW: Tensor, radius: float) -> Tensor:
         ValueError: nothing of the image would be left.
     """
     height, width = image_BCHW.shape[-2:]
-    if radius > math.hypot(height // 2, width // 2):
-        raise ValueError(
-            f"objective.radius={radius:g}: leaves no frequency of {height} x {width} pixels; use less than "
-            f"{math.hypot(height // 2, width // 2):.0f}"
-        )
+    _check_radius(radius, height, width)
     row_H, column_W = (_cycles(size, image_BCHW.device) for size in (height, width))
     high_HW = row_H.unsqueeze(1).square() + column_W.square() >= radius**2
     return torch.fft.ifft2(torch.fft.fft2(image_BCHW) * high_HW).real
+
+
+def _check_radius(radius: float, height: int, width: int) -> None:
+    most = math.hypot(height // 2, width // 2)
+    if radius > most:
+        raise ValueError(
+            f"objective.radius={radius:g}: leaves no frequency of {height} x {width} pixels; use less than {most:.0f}"
+        )
 
 
 def _cycles(size: int, device: torch.device) -> Tensor:

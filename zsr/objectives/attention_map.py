@@ -23,7 +23,8 @@ from pydantic import Field
 from torch import Tensor
 
 from zsr.config.base import Weight
-from zsr.models import ImageFeatures
+from zsr.config.plugins import PluginConfig
+from zsr.models import ImageFeatures, RobustCLIP
 from zsr.objectives.base import LossOutput, Objective, ObjectiveConfig, StepContext, View, weighted_sum
 
 _SMALLEST_NORM = 1e-12  # of a channel or a token, as in torch's own normalize
@@ -70,6 +71,10 @@ class TextGuidedAttention(Objective[AttentionT]):
         if self.config.weight_ar or self.config.weight_amc:
             views.add("frozen_clean")
         return frozenset(views)
+
+    def check(self, attack: PluginConfig, model: RobustCLIP) -> None:
+        for count in model.image.grid:
+            _check_size(count, self.config.map_size)
 
     def texts(self, ctx: StepContext) -> Sequence[Tensor]:
         """Class embeddings ``[C, D]`` of the N prompts that a sample's maps are made for."""
@@ -184,15 +189,19 @@ def bilinear_matrix(count: int, size: int) -> Tensor:
     Raises:
         ValueError: the map would be made smaller.
     """
-    if count > size:
-        raise ValueError(
-            f"objective.map_size={size}: is smaller than the model's map of patches, {count} on a side; use {count} or more"
-        )
+    _check_size(count, size)
     left_S, share_S = _places(count, size)
     resize_Sh = torch.zeros(size, count, dtype=torch.float64)
     resize_Sh.scatter_add_(1, left_S[:, None], 1 - share_S[:, None])
     resize_Sh.scatter_add_(1, (left_S + 1).clamp_max(count - 1)[:, None], share_S[:, None])
     return resize_Sh
+
+
+def _check_size(count: int, size: int) -> None:
+    if count > size:
+        raise ValueError(
+            f"objective.map_size={size}: is smaller than the model's map of patches, {count} on a side; use {count} or more"
+        )
 
 
 def extreme_pixels(count: int, size: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zsr.config.plugins import Plugin, PluginConfig
 from zsr.config.schema import OBJECTIVES
-from zsr.models.tower import ImageFeatures
+from zsr.models import ImageFeatures, RobustCLIP
 
 View = Literal["adv", "clean", "clean_fixed", "extra", "start", "frozen_adv", "frozen_clean"]
 """``adv``/``clean``: the model on the attacked/original image; ``extra``: the model on an image that the objective makes of
@@ -48,6 +48,7 @@ class StepContext:
         duplicate_CC: True where two different classes have the same prompt, so that neither can be told from the other.
         progress: of training, in [0, 1].
         extra_text_CD: constant unit class embeddings of :attr:`Objective.extra_templates`, by their names.
+        global_batch: samples in the step over all workers; None for those at hand.
         constants: what :meth:`constant` keeps; the engine hands the same mapping to every step.
     """
 
@@ -60,6 +61,7 @@ class StepContext:
     progress: float = 0.0
     extra_text_CD: Mapping[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    global_batch: int | None = None
     cached_per_sample: Callable[[str, PerSample], Tensor] | None = None
     _views: dict[View, ImageFeatures] = field(default_factory=dict)
     _rows: dict[str, Tensor] = field(default_factory=dict)
@@ -198,6 +200,13 @@ class Objective(Plugin[ObjectiveT]):
     @property
     def needs_attack(self) -> bool:
         return bool(self.views & {"adv", "start", "frozen_adv"})
+
+    def check(self, attack: PluginConfig, model: RobustCLIP) -> None:
+        """Refuse, before training starts, settings that cannot work with this attack or model.
+
+        Raises:
+            ValueError: with the setting, its value and the way out.
+        """
 
     def cost_units(self, attack_steps: int) -> int:
         """Image-encoder passes of one step: two per attack step, three per trained view, one per constant view.

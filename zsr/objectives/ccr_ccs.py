@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zsr.config.base import Positive, Weight
+from zsr.config.plugins import PluginConfig
+from zsr.models import RobustCLIP
 from zsr.objectives.base import (
     LossOutput,
     Objective,
@@ -63,6 +65,12 @@ class CcrCcs(Objective[CcrCcsConfig]):
     def needs_tokens(self) -> bool:
         return bool(self.config.weight_ccr or self.config.weight_ccs)
 
+    def check(self, attack: PluginConfig, model: RobustCLIP) -> None:
+        if self.config.weight_ccr and model.image.grid == (1, 1):
+            raise ValueError(
+                f"objective.weight_ccr={self.config.weight_ccr:g}: needs two patches or more, and this model has one; use 0"
+            )
+
     def loss(self, ctx: StepContext) -> LossOutput:
         config = self.config
         terms = {"ce": F.cross_entropy(ctx.logits(ctx.adv.embed_BD), ctx.label_B)}
@@ -73,10 +81,6 @@ class CcrCcs(Objective[CcrCcsConfig]):
             attended_BD, left_out_BD = contents(tokens_BPD, text_CD[ctx.label_B], config.temperature)
             fit_B = cosines(attended_BD, text_CD[ctx.label_B])
             if config.weight_ccr:
-                if tokens_BPD.shape[1] == 1:
-                    raise ValueError(
-                        f"objective.weight_ccr={config.weight_ccr}: needs two patches or more, and this model has one; use 0"
-                    )
                 terms["ccr"] = self._hinge(fit_B, cosines(left_out_BD, text_CD[ctx.label_B])).mean()
             if config.weight_ccs:
                 other_B, exists_B = self._swapped_in(ctx)

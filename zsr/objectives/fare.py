@@ -23,7 +23,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from zsr.config.base import Weight
-from zsr.models.tower import ImageFeatures
+from zsr.config.plugins import PluginConfig
+from zsr.models import ImageFeatures, RobustCLIP
 from zsr.objectives.base import LossOutput, Objective, ObjectiveConfig, StepContext, View, weighted_sum
 
 
@@ -41,6 +42,13 @@ class Fare(Objective[FareConfig]):
     @property
     def views(self) -> frozenset[View]:
         return frozenset({"adv", "clean", "frozen_clean"} if self.config.weight_clean else {"adv", "frozen_clean"})
+
+    def check(self, attack: PluginConfig, model: RobustCLIP) -> None:
+        if not getattr(attack, "random_start", True):
+            raise ValueError(
+                "attack.random_start=false: objective.name=fare starts at the minimum of its own loss, where the attack has no "
+                "gradient, so that nothing would ever be trained; set it to true"
+            )
 
     def attack_loss(self, ctx: StepContext, features: ImageFeatures) -> Tensor:
         return squared_distance(features.raw_BD, self._frozen_raw_BD(ctx))

@@ -31,7 +31,7 @@ from zsr.objectives.base import LossOutput, Objective, ObjectiveConfig, StepCont
 class LaatConfig(ObjectiveConfig):
     name: Literal["laat"] = "laat"
     expand: bool = True
-    """Whether class embeddings are spread out; false leaves CLIP's."""
+    """Whether class embeddings are spread out; false leaves CLIP's, unless ``model.expand_text`` asks for it."""
     temperature: Positive | Literal["model"] = 1.0
     """tau of the cosines in loss and attack; "model" takes the model's own logit scale, 1 / tau = 100 for CLIP."""
     weight_trades: Weight = 1.0

@@ -39,8 +39,8 @@ class PmgAftConfig(ObjectiveConfig):
     kl_order: Literal["target_adv", "adv_target"] = "target_adv"
     """KL(target || adversarial), as the authors' code has it now, or KL(adversarial || target), as it first had."""
     reduction: Literal["batchmean", "sum", "mean"] = "batchmean"
-    """Of both divergences: mean over the batch; sum over it (the authors' code; grows with the batch on each device); or
-    the mean over batch and classes."""
+    """Of both divergences: mean over the batch; sum over it (the authors' code; grows with ``train.batch_size``, whatever the
+    number of workers); or the mean over batch and classes."""
     detach_clean: bool = True
     """Whether the clean prediction is a constant; false trains it too, as the authors' code does."""
 
@@ -63,18 +63,23 @@ class PmgAft(Objective[PmgAftConfig]):
         logits_BC = ctx.logits(ctx.adv.embed_BD)
         terms = {"ce": F.cross_entropy(logits_BC, ctx.label_B)}
         if config.weight_pretrained:
-            terms["pretrained"] = self._divergence(ctx.logits(ctx.frozen_adv.embed_BD.detach()), logits_BC)
+            terms["pretrained"] = self._divergence(ctx, ctx.logits(ctx.frozen_adv.embed_BD.detach()), logits_BC)
         if config.weight_clean:
             clean_BD = ctx.clean_fixed.embed_BD.detach() if config.detach_clean else ctx.clean.embed_BD
-            terms["clean"] = self._divergence(ctx.logits(clean_BD), logits_BC)
+            terms["clean"] = self._divergence(ctx, ctx.logits(clean_BD), logits_BC)
         weights = {"ce": 1.0, "pretrained": config.weight_pretrained, "clean": config.weight_clean}
         return LossOutput(weighted_sum(weights, terms), terms)
 
-    def _divergence(self, target_BC: Tensor, logits_BC: Tensor) -> Tensor:
+    def _divergence(self, ctx: StepContext, target_BC: Tensor, logits_BC: Tensor) -> Tensor:
         """The divergence of two sets of logits in the configured order and reduction."""
         log_target_BC, log_adv_BC = F.log_softmax(target_BC, dim=-1), F.log_softmax(logits_BC, dim=-1)
         first_BC, second_BC = log_target_BC, log_adv_BC
         if self.config.kl_order == "adv_target":
             first_BC, second_BC = log_adv_BC, log_target_BC
-        total = F.kl_div(second_BC, first_BC, reduction="sum", log_target=True)
-        return total / {"batchmean": len(target_BC), "sum": 1, "mean": target_BC.numel()}[self.config.reduction]
+        mean = F.kl_div(second_BC, first_BC, reduction="batchmean", log_target=True)
+        num_samples, num_classes = target_BC.shape
+        if (
+            self.config.reduction == "sum"
+        ):  # workers' gradients are averaged: a sum over this one's share would shrink with it
+            return mean * (ctx.global_batch or num_samples)
+        return mean / num_classes if self.config.reduction == "mean" else mean

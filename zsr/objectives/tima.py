@@ -78,7 +78,8 @@ class TimaConfig(ObjectiveConfig):
     """m_1, the most that semantic distance adds or takes, a cosine."""
     margin_sign: Literal["distant", "similar"] = "distant"
     """Which wrong classes get the larger margin: the semantically distant ones (m_0 + m_1 d), as the observed negative
-    correlation of margin and similarity suggests, or the similar ones (m_0 - m_1 d), as in face recognition."""
+    correlation of margin and similarity suggests, or the similar ones (m_0 - m_1 d), as in face recognition; the latter needs
+    ``margin_base`` of ``margin_scale`` or more to push at all, else it only lets go of the distant ones."""
     margin_text: Literal["current", "original"] = "current"
     """aaai26: the text on which d is measured. v1 takes the original."""
     margin_shape: MarginShape = "identity"
