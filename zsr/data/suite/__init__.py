@@ -1,6 +1,7 @@
 """The zero-shot test sets and the protocols that measure on them, as data files: ``load_suite("tga16")``."""
 
-from zsr.data.suite.registry import Dataset, Suite, dataset_keys, load_card, load_suite, suite_names
+from zsr.data.suite.dataset import Dataset, Suite
+from zsr.data.suite.registry import dataset_keys, load_card, load_suite, suite_names
 from zsr.data.suite.schema import AttackEntry, DatasetCard, PromptSet, Protocol, Split
 
 __all__ = [
