@@ -18,6 +18,7 @@ PUBLISHED = {
     "pmg_aft-vit-b32-tinyimagenet": ("pmg_aft", 5e-5, 256, 2),
     "fare-vit-b32-imagenet": ("fare", 1e-5, 128, 10),
     "agft-vit-b32-imagenet": ("agft", 4e-4, 256, 2),
+    "tecoa_prompt-vit-b32-imagenet": ("tecoa", 40, 256, 2),
 }
 
 
