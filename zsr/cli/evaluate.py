@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -34,10 +34,21 @@ def evaluate(
     eps: Annotated[
         str, typer.Option("--eps", help="Budgets in pixel units, separated by commas.")
     ] = "1/255,2/255,4/255",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of PGD.")] = 10,
-    step_size: Annotated[str | None, typer.Option("--step-size", help="Of PGD; a quarter of eps by default.")] = None,
+    attack: Annotated[
+        str, typer.Option("--attack", help="pgd, cw, apgd, autoattack (or aa), square, fab: see zsr/attacks.")
+    ] = "pgd",
+    attack_set: Annotated[
+        list[str] | None,
+        typer.Option("--attack-set", metavar="KEY=VALUE", help="A setting of the attack; may be repeated."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Of the attack; 10 for pgd and cw, 100 for the others.")
+    ] = None,
+    step_size: Annotated[
+        str | None, typer.Option("--step-size", help="Of pgd and cw; a quarter of eps by default.")
+    ] = None,
     norm: Annotated[Norm, typer.Option("--norm")] = Norm.linf,
-    restarts: Annotated[int, typer.Option("--restarts", min=1)] = 1,
+    restarts: Annotated[int | None, typer.Option("--restarts", min=1, help="Of the attack; 1 by default.")] = None,
     num_samples: Annotated[int, typer.Option("--num-samples", min=0, help="Of each set; 0 takes all.")] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 128,
     template: Annotated[
@@ -66,13 +77,14 @@ def evaluate(
         Path | None, typer.Option("--json", help="Also write the results, with their protocol, here.")
     ] = None,
 ) -> None:
-    """Evaluate a model under PGD and print a table.
+    """Evaluate a model under an attack and print a table.
 
     With --defense each set gets two rows, without and with the defence, from one run of the attack. The attack does not know
     the defence: it is crafted on the bare model, on every sample that is right without the defence or with it.
     """
     import torch
 
+    from zsr.cli.attacks import attack_title, read_attacks, stage_sentences
     from zsr.cli.defended import guard, read_defense
     from zsr.cli.models import load_named
     from zsr.data.shards import ShardSet
@@ -81,7 +93,15 @@ def evaluate(
     if template is not None and "{}" not in template:
         raise ValueError(f"--template {template!r}: needs {{}} where the class name goes")
     defense_config = read_defense(defense, defense_set or [], gate_model)
-    attacks = _attacks(eps, steps, step_size, norm.value, restarts)
+    attacks = read_attacks(
+        attack,
+        eps,
+        norm=norm.value,
+        steps=steps,
+        step_size=step_size,
+        restarts=restarts,
+        settings=attack_set or [],
+    )
     sets = [ShardSet(address.strip()) for address in data.split(",") if address.strip()]
     if not sets:
         raise ValueError("--data: names no set; write such as zsr:emoji/test_both")
@@ -122,20 +142,22 @@ def evaluate(
         ]
         for row in rows
     ]
-    title = f"{model}: accuracy in %, PGD-{steps}, with 95% intervals"
+    title = f"{model}: accuracy in %, {attack_title(next(iter(attacks.values())))}, with 95% intervals"
     if guarded is not None:
         title += "; attack oblivious of the defence"
         header.insert(1, "defence")
         for row, line in zip(rows, cells, strict=True):
             line.insert(1, row.defense or "none")
     print_table(title, header, cells)
+    for sentence in (sentence for row in rows for sentence in stage_sentences(row)):
+        typer.echo(sentence)
     for sentence in guarded.sentences() if guarded is not None else ():
         typer.echo(sentence)
     if json_file is not None:
         protocol = {
             "model": model,
             "image_size": clip.image_size,
-            "attacks": {label: attack.config.model_dump(mode="json") for label, attack in attacks.items()},
+            "attacks": {label: each.config.model_dump(mode="json") for label, each in attacks.items()},
             "batch_size": batch_size,
             "precision": precision.value,
             "seed": seed,
@@ -152,23 +174,3 @@ def _with_interval(accuracy: Accuracy) -> str:
 
 def _blind(zero_grad_frac: float) -> str:
     return f" {percent(zero_grad_frac)}% blind" if zero_grad_frac else ""
-
-
-def _attacks(eps: str, steps: int, step_size: str | None, norm: str, restarts: int) -> dict[str, Any]:
-    """One attack for each budget, by the text the user wrote it as."""
-    from zsr.config import ATTACKS
-    from zsr.config.base import parse_fraction
-
-    attacks: dict[str, Any] = {}
-    for label in (part.strip() for part in eps.split(",") if part.strip()):
-        try:
-            length = parse_fraction(step_size) if step_size else float(parse_fraction(label)) / 4
-        except ValueError:
-            raise ValueError(f"--eps {label}: should be a number or a fraction such as 2/255") from None
-        config = ATTACKS.config_class("pgd").model_validate(
-            {"name": "pgd", "eps": label, "step_size": length, "steps": steps, "norm": norm, "restarts": restarts}
-        )
-        attacks[label] = ATTACKS.build(config)
-    if not attacks:
-        raise ValueError("--eps: names no budget; write such as 1/255,4/255")
-    return attacks

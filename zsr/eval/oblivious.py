@@ -6,6 +6,9 @@ What is attacked: every sample that is right without the defence or with it, the
 attacked image is then classified both ways. A sample is robust without the defence if the bare prediction is right on the
 clean and on the attacked image, and robust with it if the defended prediction is right on both. (Published tables ask for
 the attacked image alone; they can only be higher.)
+
+An attack that stops where it succeeds (APGD, AutoAttack) stops at the bare model's boundary, and leaves an image that the bare
+model gets wrong as it is. A defence finds both easier to mend than PGD's images: compare defences under PGD or CW.
 """
 
 from __future__ import annotations
@@ -59,7 +62,6 @@ def evaluate_oblivious(
     counts = {label: torch.zeros(2, 2, dtype=torch.float64, device=device) for label in attacks}
     total = len(subset_ids(len(shards), num_samples))
     done = 0
-    head.model.image.reseed(seed)
     with input_gradients_only(defended.model.image, defended.frozen):
         for batch in eval_batches(
             shards, image_size=head.model.image_size, batch_size=batch_size, num_samples=num_samples

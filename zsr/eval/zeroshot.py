@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,7 @@ class EvalRow:
         robust: accuracy under each attack, by the attack's label.
         zero_grad_frac: share of samples without an input gradient, by the attack's label; 0 unless something is wrong.
         defense: name of the test-time defence in front of the model, which the attack does not know; None without one.
+        survivors: for attacks in stages, accuracy after each stage, by the attack's label.
     """
 
     data: str
@@ -54,6 +55,7 @@ class EvalRow:
     robust: Mapping[str, Accuracy]
     zero_grad_frac: Mapping[str, float]
     defense: str | None = None
+    survivors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def evaluate_sets(
@@ -121,6 +123,7 @@ def _row(shards: ShardSet, prompt: str, results: Mapping[str, EvalResult], defen
             label: result.zero_grad_frac for label, result in results.items() if result.zero_grad_frac is not None
         },
         defense=defense,
+        survivors={label: result.survivors for label, result in results.items() if result.survivors},
     )
 
 

@@ -1,0 +1,76 @@
+"""zsr eval --attack: which attack the options mean, what is said where they mean none, and AutoAttack's table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from zsr.cli.attacks import attack_title, read_attacks
+from zsr.cli.main import main
+from zsr.config import ConfigError
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return int(stopped.value.code or 0)
+
+
+def test_options_become_settings_and_pgd_steps_a_quarter_of_each_budget():
+    found = read_attacks("pgd", "1/255, 4/255", norm="linf")
+    assert list(found) == ["1/255", "4/255"]
+    for label, eps in (("1/255", 1 / 255), ("4/255", 4 / 255)):
+        config = found[label].config
+        assert (config.eps, config.step_size, config.steps) == (eps, eps / 4, 10)
+    (config,) = (attack.config for attack in read_attacks("cw", "1", norm="l2", steps=3, step_size="1/2").values())
+    assert (config.name, config.norm, config.step_size, config.steps) == ("cw", "l2", 0.5, 3)
+    (attack,) = read_attacks("apgd", "4/255", norm="linf", restarts=2, settings=["loss=dlr"]).values()
+    assert (attack.config.loss, attack.config.steps, attack.config.restarts) == ("dlr", 100, 2)
+
+
+def test_aa_is_autoattack_in_the_authors_order_and_custom_stages_can_be_listed():
+    (attack,) = read_attacks("aa", "4/255", norm="linf").values()
+    assert attack.stages == ("apgd-ce", "apgd-t", "fab-t", "square")
+    assert attack_title(attack) == "AutoAttack standard (apgd-ce, apgd-t, fab-t, square)"
+    listed = ["version=custom", "attacks=[apgd-ce,apgd-t]"]
+    (attack,) = read_attacks("autoattack", "4/255", norm="linf", settings=listed).values()
+    assert attack.stages == ("apgd-ce", "apgd-t")
+    assert attack_title(next(iter(read_attacks("pgd", "1/255", norm="linf", steps=7).values()))) == "PGD-7"
+    assert attack_title(next(iter(read_attacks("square", "1/255", norm="linf").values()))) == "SQUARE-5000"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"name": "pdg"}, "--attack pdg: is not a known attack; did you mean 'pgd'"),
+        ({"name": "apgd", "step_size": "1/255"}, "--step-size: apgd has no such setting; leave it out"),
+        ({"name": "square", "steps": 5}, "--steps: square has no such setting; leave it out"),
+        ({"name": "apgd", "settings": ["loss"]}, "--attack-set loss: should be key=value"),
+        ({"name": "apgd", "settings": ["loss=dlt"]}, "--attack apgd: loss='dlt'"),
+        ({"name": "aa", "settings": ["version=custom"]}, r"attacks: the custom version needs stages, such as"),
+        ({"name": "aa", "settings": ["attacks=[square]"]}, "attacks: version=standard has its own"),
+        ({"name": "pgd", "eps": "2/x"}, "--eps 2/x: should be a number or a fraction such as 2/255"),
+        ({"name": "pgd", "eps": " , "}, "--eps: names no budget"),
+        ({"name": "apgd", "eps": "4"}, "write 4/255"),
+    ],
+)
+def test_mistakes_are_answered_with_the_option_and_the_way_out(options, says):
+    with pytest.raises((ValueError, ConfigError), match=says):
+        read_attacks(options.pop("name"), options.pop("eps", "4/255"), norm="linf", **options)
+
+
+def test_autoattack_reports_what_is_left_after_each_stage(tiny_model_name, small_shards, tmp_path, capsys):
+    results = tmp_path / "results.json"
+    options = ["--attack", "aa", "--steps", 2, "--attack-set", "queries=5", "--attack-set", "target_classes=2"]
+    assert call(
+        "eval", "--model", tiny_model_name, "--data", small_shards, "--eps", "1/255", "--json", results, *options
+    ) == 0  # fmt: skip
+    (row,) = json.loads(results.read_text())["results"]
+    after = row["survivors"]["1/255"]
+    assert list(after) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert row["clean"]["value"] >= after["apgd-ce"] >= after["apgd-t"] >= after["fab-t"] >= after["square"]
+    assert after["square"] == row["robust"]["1/255"]["value"]
+    said = " ".join(capsys.readouterr().out.split())  # the table's title wraps
+    assert "AutoAttack standard (apgd-ce, apgd-t, fab-t, square)" in said
+    assert f"1/255: after apgd-ce {100 * after['apgd-ce']:.1f}, apgd-t" in said

@@ -1,0 +1,90 @@
+"""The attack options of zsr eval: which attack, at which budgets, with which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zsr.attacks.base import Attack
+    from zsr.eval import EvalRow
+
+_PGD_STEPS = 10  # of attacks that need a step size; the others have a default of their own
+
+
+def read_attacks(
+    name: str,
+    eps: str,
+    *,
+    norm: str,
+    steps: int | None = None,
+    step_size: str | None = None,
+    restarts: int | None = None,
+    settings: Sequence[str] = (),
+) -> dict[str, Attack[Any]]:
+    """One attack for each budget, by the text the user wrote it as.
+
+    Args:
+        name: of the attack; ``aa`` is short for autoattack.
+        eps: budgets, separated by commas.
+        steps, step_size, restarts: None leaves the attack's own; steps are a quarter of eps long where it has a step size.
+        settings: ``key=value``, any setting of the attack.
+
+    Raises:
+        ValueError: no such attack, setting or budget, or an option that the attack has no use for.
+    """
+    from pydantic import ValidationError
+
+    from zsr.config import ATTACKS, ConfigError, apply_overrides, describe_errors
+    from zsr.config.base import parse_fraction
+
+    name = "autoattack" if name == "aa" else name
+    try:
+        config_class = ATTACKS.config_class(name)
+    except ValueError as error:
+        raise ValueError(f"--attack {name}: {error}") from None
+    fields = config_class.model_fields
+    for option, key, given in (("--steps", "steps", steps), ("--step-size", "step_size", step_size)):
+        if given is not None and key not in fields:
+            raise ValueError(f"{option}: {name} has no such setting; leave it out")
+    for setting in settings:
+        if "=" not in setting:
+            raise ValueError(f"--attack-set {setting}: should be key=value, such as restarts=5")
+    shared: dict[str, Any] = {"name": name, "norm": norm}
+    if steps is not None or "step_size" in fields:
+        shared["steps"] = _PGD_STEPS if steps is None else steps
+    if restarts is not None:
+        shared["restarts"] = restarts
+    attacks: dict[str, Attack[Any]] = {}
+    for label in (part.strip() for part in eps.split(",") if part.strip()):
+        tree = shared | {"eps": label}
+        try:
+            if "step_size" in fields:
+                tree["step_size"] = parse_fraction(step_size) if step_size else float(parse_fraction(label)) / 4
+        except ValueError:
+            raise ValueError(f"--eps {label}: should be a number or a fraction such as 2/255") from None
+        tree = apply_overrides(tree, settings)
+        try:
+            attacks[label] = ATTACKS.build(config_class.model_validate(tree))
+        except ValidationError as error:
+            sentences = describe_errors(error, tree, config_class)
+            raise ConfigError(f"--attack {name}: {sentence}" for sentence in sentences) from None
+    if not attacks:
+        raise ValueError("--eps: names no budget; write such as 1/255,4/255")
+    return attacks
+
+
+def attack_title(attack: Attack[Any]) -> str:
+    """What a table calls the attack: PGD-10, or AutoAttack with the stages that it runs."""
+    config = attack.config
+    if attack.stages:
+        return f"AutoAttack {config.version} ({', '.join(attack.stages)})"
+    return f"{config.name.upper()}-{config.steps if hasattr(config, 'steps') else config.queries}"
+
+
+def stage_sentences(row: EvalRow) -> list[str]:
+    """For an attack in stages: what was left after each."""
+    return [
+        f"{row.data} {label}: after " + ", ".join(f"{stage} {100 * share:.1f}" for stage, share in stages.items())
+        for label, stages in row.survivors.items()
+    ]
