@@ -10,16 +10,18 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_module_is_named_in_the_file_structure_and_every_name_there_exists() -> None:
     section = (ROOT / "README.md").read_text().split("## File structure", 1)[1].split("```")[1]
-    room, named = "", set()
+    rooms: dict[int, str] = {}  # by indent: the folder whose entries stand two places further in
+    named = set()
     for line in section.splitlines():
         found = re.match(r"( *)(\S+?)(/?) +#", line) or re.match(r"( *)(\S+?)(/)$", line)
         if found is None:
             continue
-        indent, name, folder = len(found[1]), found[2], found[3]
-        if folder:
-            room = name if indent == 0 else f"zsr/{name}" if indent == 2 else room
+        indent, name = len(found[1]), found[2]
+        path = f"{rooms[indent - 2]}/{name}" if indent else name
+        if found[3]:
+            rooms[indent] = path
         elif name.endswith(".py"):
-            named.add(f"{'zsr' if name == '_torchvision.py' else room}/{name}")
+            named.add(path)
     files = {
         path.relative_to(ROOT).as_posix()
         for folder in ("zsr", "sweeps")
