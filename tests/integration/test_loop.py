@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from zsr.config import OBJECTIVES
 from zsr.engine.checkpoint import MODEL, load_trained
 from zsr.engine.loop import Diverged, Trainer, train
 from zsr.engine.session import LocalSession
@@ -57,13 +58,24 @@ def final_files(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], 
     return load_file(newest / MODEL), optimizer, json.loads((newest / "state.json").read_text())
 
 
-@pytest.mark.parametrize("objective", ["clean", "tecoa", "tima"])
-@pytest.mark.parametrize("stop_at_report", [1, 3])
+# Every objective, and every option that adds something to a model.
+RESUMED = [(name, "", 1 + 2 * (number % 2)) for number, name in enumerate(OBJECTIVES.names())] + [
+    ("tima", "", 3),
+    ("tima", "model.adapt=token_prompt", 1),
+    ("tecoa", "model.adapt=pad_prompt model.prompt_pixels=3", 3),
+    ("regmix", "model.attention_cap=0.2 model.attention_drop=0.3", 1),
+    ("tima", "model.expand_text=true", 3),
+    ("tima", "objective.variant=aaai26 optim.name=sgd optim.text_lr_factor=0.1", 1),
+]
+
+
+@pytest.mark.parametrize(("objective", "options", "stop_at_report"), RESUMED)
 def test_a_resumed_run_is_bit_equal_to_the_run_that_was_not_interrupted(
-    tmp_path: Path, make_config: MakeConfig, objective: str, stop_at_report: int
+    tmp_path: Path, make_config: MakeConfig, objective: str, options: str, stop_at_report: int
 ) -> None:
     # A checkpoint every 5 steps of epochs of 6: one stop is inside the first epoch, the other inside the second.
-    config = make_config(f"objective.name={objective}", "train.checkpoint_every=5", "attack.schedule.name=cosine")
+    settings = [f"objective.name={objective}", "train.checkpoint_every=5", "attack.schedule.name=cosine"]
+    config = make_config(*settings, *options.split())
     straight, resumed = Recorder(), Recorder()
     whole = train(config, LocalSession(tmp_path / "straight"), straight)
 

@@ -91,7 +91,7 @@ def _train_here(config: RunConfig, folder: Path, resume: bool) -> None:
         raise
     record_end(tracker, result.metrics)
     tracker.finish("FINISHED")
-    _print_result(result.metrics, str(session.saved()[-1]))
+    _print_result(config, result.metrics, str(session.saved()[-1]))
 
 
 def _train_on_ray(config: RunConfig, output: Path | None, resume: bool) -> None:
@@ -105,11 +105,12 @@ def _train_on_ray(config: RunConfig, output: Path | None, resume: bool) -> None:
     attach()
     result = run_ray(config, name, storage=storage)
     checkpoint = result.checkpoint.path if result.checkpoint is not None else None
-    _print_result(result.metrics or {}, checkpoint)
+    _print_result(config, result.metrics or {}, checkpoint)
 
 
-def _print_result(metrics: Mapping[str, object], checkpoint: str | None) -> None:
+def _print_result(config: RunConfig, metrics: Mapping[str, object], checkpoint: str | None) -> None:
     from zsr.cli.output import print_pairs
+    from zsr.config import OBJECTIVES
 
     print_pairs(
         "", [(name, f"{value:.4g}") for name, value in sorted(metrics.items()) if isinstance(value, int | float)]
@@ -117,7 +118,10 @@ def _print_result(metrics: Mapping[str, object], checkpoint: str | None) -> None
     if checkpoint is not None:
         typer.echo(f"checkpoint: {checkpoint}")
         typer.echo(f"evaluate it: zsr eval --model {checkpoint}")
-        typer.echo(f"hand it on:  zsr export {checkpoint} --out FOLDER")
+        model = config.model
+        beyond = model.adapt != "weights" or model.attention_cap or model.attention_drop or model.expand_text
+        if not beyond and not OBJECTIVES.build(config.objective).expands_text:  # open_clip can carry it
+            typer.echo(f"hand it on:  zsr export {checkpoint} --out FOLDER")
 
 
 def _print_plan(config: RunConfig, local: bool) -> None:
