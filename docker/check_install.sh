@@ -15,8 +15,8 @@ source=$(cd "$(dirname "$0")/.." && pwd)
 
 [[ -x $root/bin/bash ]] || debootstrap --variant=minbase bookworm "$root" "${MIRROR:-http://deb.debian.org/debian}"
 mount -t proc proc "$root/proc"
-mount --bind /dev "$root/dev"
-for folder in /etc/ssl/certs ${BINDS:-}; do
+mount --rbind /dev "$root/dev"
+for folder in ${BINDS:-}; do
   mkdir -p "$root$folder"
   mount --bind -o ro "$folder" "$root$folder"
 done
@@ -29,8 +29,9 @@ cp -r "$source"/{constraints.txt,pyproject.toml,README.md,LICENSE,zsr,docker} "$
 
 inside() { chroot "$root" /usr/bin/env PATH=/opt/venv/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/home/zsr "$@"; }
 step() { echo "==> $*" && inside /build/docker/install.sh "$@"; }
-# The first step would install certificates over the ones that are mounted; both are this machine's to trust.
 step system
+# Whom this machine trusts, its own package mirror for one.
+cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
 id=$(inside id -u zsr 2>/dev/null || true)
 [[ $id ]] || step user
 case $target in
