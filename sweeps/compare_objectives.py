@@ -65,9 +65,7 @@ COMPARISON = Comparison(
         "eval.attack.eps=2/255",  # on held-out concepts little is left at 4/255 to choose by
         "eval.attack.step_size=1/510",
     ),
-    search_settings=(
-        "train.max_steps=32",
-    ),  # half the steps tell candidates apart; the chosen ones are trained anew
+    search_settings=("train.max_steps=32",),  # half the steps tell candidates apart; the chosen ones are trained anew
     measure=Measure(
         sets=("zsr:emoji/test_style", "zsr:emoji/test_concepts"),
         eps=("1/255", "2/255", "4/255", "8/255"),

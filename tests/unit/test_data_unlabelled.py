@@ -53,7 +53,9 @@ def test_fare_trains_on_it_as_on_the_same_images_with_labels(unlabelled, make_co
 @pytest.mark.parametrize("name", ["tecoa", "tima", "agft"])
 def test_an_objective_that_uses_labels_refuses_it(unlabelled, make_config, tmp_path, name):
     config = make_config(f"objective={name}", f"data.train={unlabelled}", "train.batch_size=6")
-    with pytest.raises(ValueError, match=rf"data.train=.*: has no labels, and objective.name={name} uses classes; choose"):
+    with pytest.raises(
+        ValueError, match=rf"data.train=.*: has no labels, and objective.name={name} uses classes; choose"
+    ):
         train(config, LocalSession(tmp_path / "run"))
 
 
