@@ -56,7 +56,7 @@ assert load_config("default", ["objective=mixed", "objective.weight_clean=1/2"])
 for overrides, advice in [
     (["objective=miexd"], "did you mean 'mixed'?"),
     (["objective=mixed", "objective.weight_claen=1"], "did you mean objective.weight_clean?"),
-    (["objective=tecoa", "objective.weight_clean=1"], "is a setting of objective.name=mixed, not of tecoa"),
+    (["objective=tecoa", "objective.weight_clean=1"], " or mixed or "),
 ]:
     try:
         load_config("default", overrides)
