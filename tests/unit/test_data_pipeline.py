@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import multiprocessing
 import os
@@ -278,8 +279,8 @@ def _lose_a_worker_in_an_answer() -> None:
     (worker,) = multiprocessing.active_children()
     worker.kill()
     with pytest.raises(RuntimeError, match="killed by signal 9"):
-        for _ in range(3):  # on a busy machine the answer may have been read to its end by now, together with the first
-            next(batches)
+        # Three: on a busy machine the answer may have been read to its end by now, together with the first.
+        list(itertools.islice(batches, 3))
 
 
 def test_a_worker_killed_in_the_middle_of_an_answer_is_an_error():

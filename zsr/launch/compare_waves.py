@@ -80,8 +80,10 @@ class Job:
 
     @property
     def id(self) -> str:
-        """The same for the same work, whatever it is called in the log."""
+        """The same for the same work. Settings at their defaults take no part: a setting that a later version adds leaves
+        finished work finished."""
         content = {k: v for k, v in self.arguments.items() if k not in ("folder", "key", "parent")}
+        content["tree"] = validate(dict(content["tree"])).model_dump(mode="json", exclude_defaults=True)
         digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
         return f"{self.title}-{digest}"
 
