@@ -85,12 +85,10 @@ def test_it_searches_trains_and_measures_and_does_nothing_twice(comparison, tree
 
 def test_a_job_is_known_by_the_settings_that_are_not_defaults(comparison, tree, tmp_path):
     store = Store(str(tmp_path))
-    bare = apply_overrides(tree, [])
-    del bare["launch"]["gpu_hour_price"]  # as a version would have written it that did not have the setting yet
-    old, new = (
-        Compare(comparison, one, store, Here())._measure("tecoa", None, one)
-        for one in (bare, validate(tree).model_dump())
-    )
+    written = validate(
+        tree
+    ).model_dump()  # with every setting; ``tree`` is what a version that has fewer would have written
+    old, new = (Compare(comparison, one, store, Here())._measure("tecoa", None, one) for one in (tree, written))
     assert old.arguments != new.arguments and old.id == new.id
     other = Compare(comparison, tree, store, Here())._measure("tecoa", None, apply_overrides(tree, ["seed=7"]))
     assert other.id != new.id
