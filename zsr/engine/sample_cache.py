@@ -35,9 +35,9 @@ class SampleCache:
         if missing:
             rows = make(torch.tensor(missing)).detach()
             self._reserve(name, len(places) + len(missing), rows)
-            for i, row in zip(missing, rows, strict=True):
-                # A batch may hold a sample twice (an epoch filled up with its own head).
-                self._tables[name][places.setdefault(keys[i], len(places))] = row
+            # A batch may hold a sample twice (an epoch filled up with its own head): both rows have one place.
+            taken = [places.setdefault(keys[i], len(places)) for i in missing]
+            self._tables[name][torch.tensor(taken, device=rows.device)] = rows
         table = self._tables[name]
         return table[torch.tensor([places[key] for key in keys], device=table.device)]
 

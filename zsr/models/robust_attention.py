@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from zsr.config.schema import ModelConfig
 from zsr.models.attention import ContiguousAttention
+from zsr.models.fast_linear import linear
 
 DEFAULT_SEED = 0
 
@@ -88,7 +89,7 @@ class RobustAttention(ContiguousAttention):
         assert query is key and key is value and not need_weights, "an image tower's blocks attend to themselves"
         assert key_padding_mask is None and attn_mask is None, "an image tower's blocks have no mask"
         batch, length, width = query.shape
-        packed = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+        packed = linear(query, self.in_proj_weight, self.in_proj_bias)
         q, k, v = packed.view(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         # Weights in float32 whatever the precision: dividing by a small sum must not lose what is left.
         weight_BhLL = (q @ k.transpose(-2, -1) * self.head_dim**-0.5).float().softmax(dim=-1)
