@@ -6,7 +6,6 @@ strong attacks and result cards belong in this room too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 from zsr.attacks.base import Attack
 from zsr.data.shards import ShardSet
 from zsr.engine.quick_eval import EvalResult, ZeroShotHead, evaluate
+from zsr.eval.card import wilson_interval
 from zsr.eval.defended import DefendedCLIP
 from zsr.eval.oblivious import evaluate_oblivious
 from zsr.models import RobustCLIP, TextBank
@@ -125,16 +125,6 @@ def _row(shards: ShardSet, prompt: str, results: Mapping[str, EvalResult], defen
         defense=defense,
         survivors={label: result.survivors for label, result in results.items() if result.survivors},
     )
-
-
-def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a binomial share; sound at 0 and 1, where the usual one has no width."""
-    if count == 0:
-        return 0.0, 1.0
-    centre = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 def _named(progress: Progress | None, data: str, label: str) -> Callable[[int, int], None] | None:
