@@ -31,7 +31,7 @@ class Finding(Config):
 
     id: Annotated[str, Field(pattern="^[a-z0-9-]+$")]
     level: Level
-    """ok: looked and found nothing; note: a reader should know; warn: doubtful; fail: the robust number is not to be believed."""
+    """ok: found nothing; note: a reader should know; warn: doubtful; fail: the robust number is not to be believed."""
     sentence: str
     value: float | None = None
     """The number that the check compared, if it has one."""
