@@ -75,6 +75,8 @@ class DatasetCard(Config):
     source: str
     """Where a person gets the images."""
     licence: str
+    native_size: Annotated[int, Field(ge=1)] | None = None
+    """Side in pixels of the square images as they are stored; None where they differ, or are larger than a model reads."""
     chance_level: bool = False
     """A constant prediction scores like a robust model here: averages are given without the set too (METHODS.md b.11)."""
     notes: list[str] = Field(default_factory=list)
