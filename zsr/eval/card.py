@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from zsr.attacks.checks import Finding
 from zsr.config.base import Config
 
 CARD_FORMAT = "zsr-card-1"
@@ -23,18 +24,6 @@ CARD_FORMAT = "zsr-card-1"
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Knowledge = Literal["white-box", "oblivious", "adaptive"]
 """What the attack knew: all of a bare model; the bare model behind a defence, but not the defence; the defence too."""
-Level = Literal["ok", "note", "warn", "fail"]
-
-
-class Finding(Config):
-    """What one named check saw (docs/attacks.md explains each id)."""
-
-    id: Annotated[str, Field(pattern="^[a-z0-9-]+$")]
-    level: Level
-    """ok: found nothing; note: a reader should know; warn: doubtful; fail: the robust number is not to be believed."""
-    sentence: str
-    value: float | None = None
-    """The number that the check compared, if it has one."""
 
 
 class Share(Config):
