@@ -63,15 +63,25 @@ class AutoAttackConfig(BoundedConfig):
 
 
 class AutoAttack(BoundedAttack[AutoAttackConfig]):
-    """The cascade. ``AttackResult.stage_B`` says which stage broke a sample."""
+    """The cascade on one batch. ``AttackResult.stage_B`` says which stage broke a sample.
+
+    Over a whole set the runner (zsr/eval/runner.py) runs :attr:`parts` one after the other, with full batches of survivors;
+    the verdicts are the same.
+    """
 
     def __init__(self, config: AutoAttackConfig) -> None:
         super().__init__(config)
-        self._attacks: list[Attack[Any]] = [ATTACKS.build(_stage_config(config, name)) for name in self.stages]
+        self._attacks: tuple[Attack[Any], ...] = tuple(
+            ATTACKS.build(_stage_config(config, name)) for name in self.stages
+        )
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         return self.config.attacks or _VERSIONS[self.config.version]
+
+    @property
+    def parts(self) -> tuple[Attack[Any], ...]:
+        return self._attacks
 
     def attack_classifier(
         self, logits: Logits, image_BCHW: Tensor, label_B: Tensor, seeds: Sequence[int]

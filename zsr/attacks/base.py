@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch.nn.functional as F
 from pydantic import model_validator
@@ -59,6 +59,11 @@ class Attack(Plugin[AttackT]):
     def stages(self) -> tuple[str, ...]:
         """Names of the attacks that this one runs in turn; empty for a single attack."""
         return ()
+
+    @property
+    def parts(self) -> tuple[Attack[Any], ...]:
+        """The attacks behind :attr:`stages`; this one alone for a single attack."""
+        return (self,)
 
     def perturb(
         self, loss: PerSampleLoss, image_BCHW: Tensor, seeds: Sequence[int], progress: float = 1.0

@@ -11,6 +11,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -87,8 +88,11 @@ class ShardSet:
         shard = int(np.searchsorted(self._ends, sample, side="right"))
         return shard, int(sample - self._ends[shard] + self.index.shards[shard].samples)
 
-    def read(self, sample: int) -> RawSample:
+    def read(self, sample: int, only: Collection[str] | None = None) -> RawSample:
         """The bytes of one sample.
+
+        Args:
+            only: extensions to read, where the other parts are not needed; all of them without.
 
         Raises:
             IndexError: no such sample.
@@ -100,6 +104,8 @@ class ShardSet:
         key, members = opened.samples[place]
         parts = {}
         for extension, offset, size in members:
+            if only is not None and extension not in only:
+                continue
             content = os.pread(opened.descriptor, size, offset)
             if len(content) != size:
                 raise ValueError(f"shard {self.index.shards[shard].file} of {self.address} ends inside sample {key!r}")
