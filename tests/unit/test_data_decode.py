@@ -32,8 +32,9 @@ def test_pixels_equal_open_clips_but_for_rounding(extension, shape):
     assert ours.dtype == np.uint8
     assert ours.shape == (3, 224, 224)
     difference = np.abs(ours.astype(int) - theirs.astype(int))
-    assert difference.max() <= 1
-    assert (difference > 0).mean() < 1e-3
+    assert difference.max() <= 2
+    assert (difference > 1).mean() < 1e-4
+    assert (difference > 0).mean() < 1e-2
 
 
 @settings(max_examples=40, deadline=None)

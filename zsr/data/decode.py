@@ -10,6 +10,8 @@ import io
 from collections.abc import Mapping
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 try:
@@ -67,8 +69,9 @@ def read_label(parts: Mapping[str, bytes]) -> int:
 def resize_crop(pixels_HWC: np.ndarray, image_size: int) -> np.ndarray:
     """Shorter side to ``image_size`` (bicubic, antialiased), then the central square: uint8 HWC.
 
-    The geometry, roundings included, is that of torchvision's Resize and CenterCrop, which open_clip uses: a value
-    differs from theirs by at most two (by more than one only in black and white noise), and nearly always not at all.
+    The geometry, roundings included, is that of torchvision's Resize and CenterCrop, which open_clip uses. One value in
+    200 differs from theirs by one, hardly any by two, none by more: torch, which resizes four times as fast as Pillow,
+    keeps the filter's weights in 16 bits, Pillow in 32, and both round between two passes.
     """
     height, width = pixels_HWC.shape[:2]
     if (height, width) == (image_size, image_size):
@@ -76,16 +79,14 @@ def resize_crop(pixels_HWC: np.ndarray, image_size: int) -> np.ndarray:
     shorter = min(height, width)
     resized_height, resized_width = (int(image_size * side / shorter) for side in (height, width))
     top, left = round((resized_height - image_size) / 2), round((resized_width - image_size) / 2)
-    image, bicubic = Image.fromarray(pixels_HWC), Image.Resampling.BICUBIC
-    if shorter < image_size or width < height:
-        resized = np.asarray(image.resize((resized_width, resized_height), bicubic))
-        return resized[top : top + image_size, left : left + image_size]
-    # Only the pixels inside the crop, which is a quarter faster. Pillow resizes in two passes, rounds and clips between
-    # them and chooses their order by cost; for wide images that shrink, the crop leaves that choice as it is.
-    step_y, step_x = height / resized_height, width / resized_width
-    right, bottom = min((left + image_size) * step_x, width), min((top + image_size) * step_y, height)
-    box = (left * step_x, top * step_y, right, bottom)
-    return np.asarray(image.resize((image_size, image_size), bicubic, box=box))
+    resized = torch.from_numpy(pixels_HWC).permute(2, 0, 1).unsqueeze(0)  # channels last, which has the fast path
+    # Values are rounded and clipped between the two passes, so their order shows in noise. torch begins with the rows; so
+    # does Pillow, but for tall images that shrink.
+    columns_first = height > 2 * width and resized_height < height
+    passes = [(resized_height, width)] * columns_first + [(resized_height, resized_width)]
+    for size in passes:
+        resized = F.interpolate(resized, size, mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()[top : top + image_size, left : left + image_size]
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray:
@@ -99,7 +100,7 @@ def _decode_jpeg(data: bytes) -> np.ndarray:
 
 
 def _decode_pillow(data: bytes) -> np.ndarray:
-    return np.asarray(open_rgb(data))
+    return np.array(open_rgb(data))  # a copy: torch takes no memory that it may not write
 
 
 def open_rgb(data: bytes) -> Image.Image:

@@ -50,8 +50,8 @@ _END_S = 5.0  # what a killed process may take to be gone; only one stuck in the
 _REQUEST = struct.Struct("qq")  # slot, number of samples
 _LENGTH = struct.Struct("q")  # bytes of the pickled answer that follows
 
-# Forked workers see the index without a copy and start in milliseconds. They touch neither the accelerator nor torch's
-# thread pool, the two things that do not survive a fork.
+# Forked workers see the index without a copy and start in milliseconds. They touch neither the accelerator nor, keeping
+# to one thread, torch's thread pool: the two things that do not survive a fork.
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -213,6 +213,7 @@ class _Worker:
         threading.Thread(target=_end_with, args=(self._parent,), daemon=True).start()
         self._requests.close()
         self._answers.close()
+        torch.set_num_threads(1)  # resizing is torch's, and its thread pool did not come along
         self._prepare()
         with open(answers.fileno(), "wb", closefd=False) as output:
             while True:
