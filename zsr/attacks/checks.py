@@ -162,7 +162,7 @@ class _Seen(NamedTuple):
     """The sums, on the host."""
 
     facts: Facts
-    count: dict[str, int]
+    counts: dict[str, int]
     answers: list[int]
     labels: list[int]
 
@@ -193,7 +193,7 @@ def metrics_of(findings: Sequence[Finding]) -> dict[str, float]:
 
 
 def _of_clean(seen: _Seen) -> Iterator[Finding]:
-    count, total = seen.count, seen.count["seen"]
+    count, total = seen.counts, seen.counts["seen"]
     if not total:
         return
     num = len(seen.facts.class_names)
@@ -214,7 +214,7 @@ def _of_clean(seen: _Seen) -> Iterator[Finding]:
 
 
 def _of_attacked(seen: _Seen) -> Iterator[Finding]:
-    count, total, facts = seen.count, seen.count["attacked"], seen.facts
+    count, total, facts = seen.counts, seen.counts["attacked"], seen.facts
     if total:
         what = f"attacked images had no input gradient at some step (limit {ZERO_GRAD_LIMIT:.0%})"
         yield share_finding("zero-gradients", count["blind"], total, what, fail=ZERO_GRAD_LIMIT)
@@ -225,9 +225,9 @@ def _of_attacked(seen: _Seen) -> Iterator[Finding]:
 
 
 def _of_numbers(seen: _Seen) -> Iterator[Finding]:
-    total = seen.count["seen"] + seen.count["attacked"]
+    total = seen.counts["seen"] + seen.counts["attacked"]
     if total:
-        bad = seen.count["bad_logits"] + seen.count["bad_attacked"]
+        bad = seen.counts["bad_logits"] + seen.counts["bad_attacked"]
         yield share_finding("not-finite", bad, total, "clean and attacked images give or hold NaN or infinity")
 
 
@@ -244,7 +244,7 @@ def _of_names(seen: _Seen) -> Iterator[Finding]:
 
 
 def _of_chance(seen: _Seen) -> Iterator[Finding]:
-    total, standing = seen.count["labelled"], seen.count["standing"]
+    total, standing = seen.counts["labelled"], seen.counts["standing"]
     known = "; the set is known for it" if seen.facts.chance_level else ""
     if not total:
         if known:
