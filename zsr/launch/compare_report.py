@@ -107,13 +107,20 @@ def draw(outcome: Outcome, comparison: Comparison, path: Path) -> Path:
     column = columns[-2 if len(columns) > 1 else -1]
     sets = comparison.measure.sets
     figure, axes = new_figure(columns=len(sets))
-    for panel, address in zip(axes if len(sets) > 1 else [axes], sets, strict=True):
-        for name, runs in outcome.runs.items():
-            clean = _mean([run["measured"][address]["clean"] for run in runs])
-            robust = _mean([run["measured"][address]["robust"][column] for run in runs])
-            panel.scatter(100 * clean, 100 * robust, s=18)
-            panel.annotate(name, (100 * clean, 100 * robust), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    panels = list(axes) if len(sets) > 1 else [axes]
+    for panel, address in zip(panels, sets, strict=True):
+        for number, (name, runs) in enumerate(outcome.runs.items()):
+            clean = [100 * run["measured"][address]["clean"] for run in runs]
+            robust = [100 * run["measured"][address]["robust"][column] for run in runs]
+            # Methods lie on top of each other: bars of a standard deviation say so better than names on the points would.
+            panel.errorbar(
+                _mean(clean), _mean(robust), _spread(robust), _spread(clean), "osD^vP"[number // 10], ms=5, lw=0.5,
+                label=name,
+            )  # fmt: skip
         panel.set(xlabel="clean accuracy, %", ylabel=f"accuracy under {column}, %", title=address)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), fontsize=7, loc="outside right center", title="mean of seeds, bars: sd"
+    )
     save(figure, path)
     return path
 
@@ -163,13 +170,17 @@ def _costs(outcome: Outcome, comparison: Comparison) -> str:
 def _cell(shares: Sequence[float]) -> str:
     if len(shares) < 2:
         return f"{100 * _mean(shares):.1f}"
-    mean = _mean(shares)
-    spread = math.sqrt(sum((share - mean) ** 2 for share in shares) / (len(shares) - 1))
-    return f"{100 * mean:.1f} ± {100 * spread:.1f}"
+    return f"{100 * _mean(shares):.1f} ± {100 * _spread(shares):.1f}"
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Standard deviation; 0 for one value."""
+    mean = _mean(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1))
 
 
 def _words(settings: Mapping[str, Any]) -> str:

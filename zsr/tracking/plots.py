@@ -39,10 +39,10 @@ def new_figure(columns: int = 1) -> tuple[Any, Any]:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write ``figure`` with a grid, and a legend where something is labelled."""
+    """Write ``figure`` with a grid, and a legend where something is labelled and the figure has none of its own."""
     for axes in figure.axes:
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
+        if axes.get_legend_handles_labels()[1] and not figure.legends:
             axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
