@@ -6,7 +6,7 @@ Shapes: B images, C channels, H x W pixels. Pixels are in [0, 1].
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
@@ -16,6 +16,9 @@ from zsr.models.tower import ImageFeatures
 
 Tower = Callable[[Tensor], ImageFeatures]
 """Images ``[B, C, H, W]`` in [0, 1] to their features, differentiable; row i depends on image i alone."""
+
+Through = Literal["unrolled", "identity"]
+"""How a gradient goes back through a defence: through every step of it, or past it as if it added a constant."""
 
 
 class DefenseConfig(PluginConfig):
@@ -46,6 +49,19 @@ class Defense(Plugin[DefenseT]):
                 over the randomness only has to pass other noise.
         """
         raise TypeError(f"{type(self).__name__} does not purify")
+
+    def purify_differentiably(
+        self, victim: Tower, frozen: Tower, image_BCHW: Tensor, noise_BCHW: Tensor, through: Through
+    ) -> tuple[Tensor, Tensor]:
+        """What :meth:`purify` gives, with a gradient for an attacker who knows the defence, and the gate's margin.
+
+        Call it with gradients on and an image that wants one; ``unrolled`` takes gradients of gradients of ``victim``.
+
+        Returns:
+            The purified images, and how far ``[B]`` each image is inside the region where the defence acts: positive where
+            it does, zero everywhere for a defence without a gate.
+        """
+        raise TypeError(f"{type(self).__name__} has no differentiable form")
 
     def cost_units(self, own_gate: bool = False) -> int:
         """Image-encoder passes for one defended prediction, where a plain one takes 1.

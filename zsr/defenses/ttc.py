@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from zsr.config.base import PixelUnits, Weight
-from zsr.defenses.base import Defense, DefenseConfig, Tower
+from zsr.defenses.base import Defense, DefenseConfig, Through, Tower
 
 _TINY = 1e-12  # an all-zero feature has no relative shift; this makes it a huge one, not NaN
 
@@ -69,37 +69,51 @@ class TTC(Defense[TTCConfig]):
     def purify(self, victim: Tower, frozen: Tower, image_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
         # Gradients are needed here whatever the caller switched off; inference mode needs its own switch.
         with torch.inference_mode(False), torch.no_grad():
-            delta_BCHW = self._project(noise_BCHW * self.config.eps, image_BCHW)
-            if self.config.num_steps == 0:  # either branch of the gate is the noise alone
-                return (image_BCHW + delta_BCHW).clamp(0, 1)
-            anchor_BD = victim(image_BCHW).raw_BD
-            stable_B = None if frozen is victim else self._falsely_stable(frozen, image_BCHW, delta_BCHW)
-            first_weight, *weights = self.weights()
-            mixed_BCHW = delta_BCHW
-            for step, weight in enumerate(weights):
-                shifted_BD, grad_BCHW = _away_from(anchor_BD, victim, image_BCHW + delta_BCHW)
-                if step == 0:
-                    if stable_B is None:
-                        stable_B = relative_shift(shifted_BD, anchor_BD) < self.config.threshold
-                    stable_B111 = stable_B.view(-1, 1, 1, 1)
-                    mixed_BCHW = torch.where(stable_B111, first_weight * delta_BCHW, delta_BCHW)
-                delta_BCHW = self._project(delta_BCHW + self.config.step_size * grad_BCHW.sign(), image_BCHW)
-                # The gate is a select, not a branch: no wait for the device, and both kinds of image share a batch.
-                mixed_BCHW = torch.where(stable_B111, mixed_BCHW + weight * delta_BCHW, mixed_BCHW)
-            return (image_BCHW + mixed_BCHW).clamp(0, 1)
+            return self._purify(victim, frozen, image_BCHW, noise_BCHW)[0]
+
+    def purify_differentiably(
+        self, victim: Tower, frozen: Tower, image_BCHW: Tensor, noise_BCHW: Tensor, through: Through
+    ) -> tuple[Tensor, Tensor]:
+        """See the base class. Signs and cuts pass gradients as if they were not there (BPDA, Athalye et al., ICML 2018), the
+        gate is the constant that it was, and the margin is ``threshold - tau``."""
+        return self._purify(victim, frozen, image_BCHW, noise_BCHW, unrolled=through == "unrolled")
+
+    def _purify(
+        self, victim: Tower, frozen: Tower, image_BCHW: Tensor, noise_BCHW: Tensor, unrolled: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Purified images and gate margins, with gradients if the image wants them and they are on."""
+        delta_BCHW = self._project(noise_BCHW * self.config.eps, image_BCHW)
+        if self.config.num_steps == 0:  # either branch of the gate is the noise alone
+            return _into_box(image_BCHW + delta_BCHW), image_BCHW.new_zeros(len(image_BCHW))
+        anchor_BD = victim(image_BCHW).raw_BD
+        tau_B = None
+        if frozen is not victim:
+            tau_B = relative_shift(frozen(image_BCHW + delta_BCHW).raw_BD, frozen(image_BCHW).raw_BD)
+        first_weight, *weights = self.weights()
+        mixed_BCHW = delta_BCHW
+        for step, weight in enumerate(weights):
+            shifted_BD, grad_BCHW = _away_from(anchor_BD, victim, image_BCHW + delta_BCHW, unrolled)
+            if step == 0:
+                if tau_B is None:
+                    tau_B = relative_shift(shifted_BD, anchor_BD)
+                stable_B111 = (tau_B < self.config.threshold).view(-1, 1, 1, 1)
+                mixed_BCHW = torch.where(stable_B111, first_weight * delta_BCHW, delta_BCHW)
+            step_BCHW = self.config.step_size * _straight_through(grad_BCHW.sign(), grad_BCHW)
+            delta_BCHW = self._project(delta_BCHW + step_BCHW, image_BCHW)
+            # The gate is a select, not a branch: no wait for the device, and both kinds of image share a batch.
+            mixed_BCHW = torch.where(stable_B111, mixed_BCHW + weight * delta_BCHW, mixed_BCHW)
+        assert tau_B is not None
+        return _into_box(image_BCHW + mixed_BCHW), self.config.threshold - tau_B
 
     def weights(self) -> list[float]:
         """Of iterates 0..N, for images that trigger; they sum to 1."""
         exponents = self.config.beta * torch.arange(self.config.num_steps + 1, dtype=torch.float64)
         return torch.softmax(exponents, 0).tolist()
 
-    def _falsely_stable(self, frozen: Tower, image_BCHW: Tensor, delta_BCHW: Tensor) -> Tensor:
-        anchor_BD, shifted_BD = frozen(image_BCHW).raw_BD, frozen(image_BCHW + delta_BCHW).raw_BD
-        return relative_shift(shifted_BD, anchor_BD) < self.config.threshold
-
     def _project(self, delta_BCHW: Tensor, image_BCHW: Tensor) -> Tensor:
         """Cut to the budget, then to the pixel box; the second cut only shortens, so the first still holds."""
-        return delta_BCHW.clamp(-self.config.eps, self.config.eps).clamp(-image_BCHW, 1 - image_BCHW)
+        cut_BCHW = delta_BCHW.clamp(-self.config.eps, self.config.eps).clamp(-image_BCHW, 1 - image_BCHW)
+        return _straight_through(cut_BCHW, delta_BCHW)
 
 
 def relative_shift(shifted_BD: Tensor, anchor_BD: Tensor) -> Tensor:
@@ -108,10 +122,26 @@ def relative_shift(shifted_BD: Tensor, anchor_BD: Tensor) -> Tensor:
     return moved_B / torch.linalg.vector_norm(anchor_BD, dim=-1).clamp_min(_TINY)
 
 
-def _away_from(anchor_BD: Tensor, victim: Tower, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Features of the images, and the gradient of their summed squared distance from the anchor by pixel."""
+def _away_from(anchor_BD: Tensor, victim: Tower, image_BCHW: Tensor, unrolled: bool) -> tuple[Tensor, Tensor]:
+    """Features of the images, and the gradient of their summed squared distance from the anchor by pixel.
+
+    The features keep their graph where gradients are on, the gradient keeps one if ``unrolled``.
+    """
+    differentiable = torch.is_grad_enabled() and image_BCHW.requires_grad
     image_BCHW = image_BCHW.requires_grad_(True)
     with torch.enable_grad():
         shifted_BD = victim(image_BCHW).raw_BD
-        (grad_BCHW,) = torch.autograd.grad((shifted_BD - anchor_BD).square().sum(), image_BCHW)
-    return shifted_BD.detach(), grad_BCHW
+        distance = (shifted_BD - anchor_BD).square().sum()
+        (grad_BCHW,) = torch.autograd.grad(distance, image_BCHW, retain_graph=differentiable, create_graph=unrolled)
+    return shifted_BD if differentiable else shifted_BD.detach(), grad_BCHW
+
+
+def _into_box(image_BCHW: Tensor) -> Tensor:
+    return _straight_through(image_BCHW.clamp(0, 1), image_BCHW)
+
+
+def _straight_through(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` to the bit, with the gradient of ``like``."""
+    if not like.requires_grad:
+        return value.detach()
+    return value.detach() + (like - like.detach())

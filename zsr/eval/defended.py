@@ -10,15 +10,20 @@ Shapes: B images, C channels (or classes, in logits), D embedding width, H x W p
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from zsr.attacks.adaptive import Surrogate
+from zsr.attacks.base import Logits
 from zsr.attacks.noise import fill_uniform, sample_seeds
 from zsr.config.schema import DEFENSES
-from zsr.defenses.base import Defense, DefenseConfig
+from zsr.defenses.base import Defense, DefenseConfig, Through
+from zsr.engine.quick_eval import ZeroShotHead
 from zsr.models import ImageFeatures, ImageTower, RobustCLIP
 
 
@@ -81,6 +86,68 @@ class DefendedCLIP:
         """Features of the purified images, without gradients; arguments as for :meth:`purify`."""
         with torch.no_grad():
             return self.model.encode_image(self.purify(image_BCHW, keys))
+
+    def surrogate(self, head: ZeroShotHead) -> Surrogate:
+        """The differentiable copy of this defended classifier that the ``adaptive`` attack takes.
+
+        For the same noise it gives the predictions of the defence itself, up to rounding: through an unrolled defence the
+        towers run in float32 and without fused attention, which has no gradient of its gradient.
+
+        Args:
+            head: classifies purified images; of this model.
+        """
+
+        def defended(image_BCHW: Tensor, noise_BCHW: Tensor, through: Through) -> tuple[Tensor, Tensor]:
+            victim, frozen = self.model.image, self.frozen
+            with _twice_differentiable(victim, frozen) if through == "unrolled" else nullcontext():
+                purified_BCHW, margin_B = self.defense.purify_differentiably(
+                    victim, frozen, image_BCHW, noise_BCHW, through
+                )
+                return head(purified_BCHW), margin_B
+
+        return defended
+
+    def scores(self, head: ZeroShotHead, draws: int = 1, seed: int = 0) -> Logits:
+        """Logits of the defended classifier, without gradients, for attacks that need nothing else, such as Square.
+
+        The noise is the asker's own and the same for each image and each query: what such an attack compares is then a
+        function of the image. It is not the noise that the defence itself draws when it judges.
+
+        Args:
+            head: classifies purified images; of this model.
+            draws: of noise, over which logits are averaged; each costs what a prediction costs.
+            seed: of those draws.
+        """
+        seeds = sample_seeds([str(draw) for draw in range(draws)], "defense scores", seed)
+
+        @torch.no_grad()
+        def mean_logits(image_BCHW: Tensor) -> Tensor:
+            noise_DCHW = fill_uniform(image_BCHW[:1].expand(draws, -1, -1, -1), seeds)
+            each_BC = [
+                head(self.defense.purify(self.model.image, self.frozen, image_BCHW, noise_CHW.expand_as(image_BCHW)))
+                for noise_CHW in noise_DCHW
+            ]
+            return torch.stack(each_BC).mean(0)
+
+        return mean_logits
+
+
+@contextmanager
+def _twice_differentiable(*towers: ImageTower) -> Iterator[None]:
+    """Plain arithmetic in the towers: fused attention and compiled blocks have no gradient of their gradient."""
+    precisions = [tower.precision for tower in towers]
+    compiled = any(module._compiled_call_impl is not None for tower in towers for module in tower.modules())
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if compiled:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for tower in towers:
+                tower.precision = "fp32"
+            yield
+        finally:
+            for tower, precision in zip(towers, precisions, strict=True):
+                tower.precision = precision
 
 
 def _build(defense: str | DefenseConfig | Defense[Any]) -> Defense[Any]:
