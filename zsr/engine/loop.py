@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from zsr.attacks.checks import metrics_of
 from zsr.attacks.noise import sample_seeds
 from zsr.config.schema import ATTACKS, RunConfig
 from zsr.data.pipeline import Batch, num_steps_per_epoch, train_batches
@@ -233,12 +234,14 @@ class Trainer:
             "val/clean_acc": result.clean_acc,
             "val/robust_acc": result.robust_acc,
             "val/zero_grad_frac": result.zero_grad_frac,
+            **metrics_of(result.findings),
         }
         if self.tracker is not None:
             self.tracker.log_metrics(self.state.metrics, self.state.step)
+        doubts = ",".join(f"{found.id}:{found.level}" for found in result.findings if found.level in ("warn", "fail"))
         self._say(
             f"step={self.state.step} val_clean_acc={result.clean_acc:.4f} val_robust_acc={result.robust_acc:.4f} "
-            f"zero_grad_frac={result.zero_grad_frac:.3f} samples={result.num_samples} seconds={time.monotonic() - began:.1f}"
+            f"checks={doubts or 'ok'} samples={result.num_samples} seconds={time.monotonic() - began:.1f}"
         )
         self._window_start += time.monotonic() - began  # throughput is that of training
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zsr.attacks.base import Attack, AttackResult, input_gradients_only
+from zsr.attacks.checks import Facts, Finding, judge
 from zsr.attacks.noise import sample_seeds
 from zsr.data.pipeline import eval_batches, subset_ids
 from zsr.data.shards import ShardSet
@@ -22,7 +23,7 @@ from zsr.models import RobustCLIP, TextBank
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples to do) on this rank."""
 
-_CLEAN, _ROBUST, _ZERO_GRAD, _COUNT = range(4)
+_CLEAN, _ROBUST, _COUNT = range(3)
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class EvalResult:
         zero_grad_frac: share of attacked samples whose input gradient was exactly zero at some step: 0 for a sound
             attack on a sound model.
         survivors: for an attack in stages, the share of samples still right after each.
+        findings: of the cheap checks (zsr/attacks/checks.py), the gravest first.
     """
 
     clean_acc: float
@@ -42,6 +44,7 @@ class EvalResult:
     num_samples: int
     num_classes: int
     survivors: Mapping[str, float] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = field(default=(), compare=False)
 
 
 class ZeroShotHead:
@@ -96,7 +99,8 @@ def evaluate(
     """
     device = head.text_CD.device
     stages = () if attack is None else attack.stages
-    counts = torch.zeros(4 + len(stages), dtype=torch.float64, device=device)
+    counts = torch.zeros(3 + len(stages), dtype=torch.float64, device=device)
+    facts = _facts(attack, shards.classes)
     mine = len(subset_ids(len(shards), num_samples)[rank::world_size])
     done = 0
     with input_gradients_only(head.model.image), head.model.image.hiding_columns(seed):
@@ -111,28 +115,46 @@ def evaluate(
         ):
             image_BCHW, label_B = batch.image.to(device).float() / 255, batch.label.to(device)
             with torch.no_grad():
-                right_B = head(image_BCHW).argmax(-1) == label_B
+                logits_BC = head(image_BCHW)
+            facts.see_clean(logits_BC, label_B)
+            right_B = logits_BC.argmax(-1) == label_B
             counts[_CLEAN] += right_B.sum()
             counts[_COUNT] += len(batch)
             if attack is not None and right_B.any():
                 attacked = attack_rows(head, attack, image_BCHW, label_B, batch.key, right_B, seed)
                 with torch.no_grad():
-                    counts[_ROBUST] += (head(attacked.image_BCHW).argmax(-1) == label_B[right_B]).sum()
-                counts[_ZERO_GRAD] += attacked.zero_grad_B.sum()
+                    logits_BC = head(attacked.image_BCHW)
+                facts.see_attacked(
+                    image_BCHW[right_B], attacked.image_BCHW, logits_BC, attacked.zero_grad_B, label_B[right_B]
+                )
+                counts[_ROBUST] += (logits_BC.argmax(-1) == label_B[right_B]).sum()
                 if attacked.stage_B is not None:
-                    counts[4:] += (attacked.stage_B[:, None] > torch.arange(len(stages), device=device)).sum(0)
+                    counts[3:] += (attacked.stage_B[:, None] > torch.arange(len(stages), device=device)).sum(0)
             done += len(batch)
             if progress is not None:
                 progress(done, mine)
-    clean, robust, zero_grad, count, *standing = sum_over_ranks(counts).tolist()
+    everything = sum_over_ranks(torch.cat([counts, facts.sums.to(counts)]))
+    clean, robust, count, *standing = everything[: len(counts)].tolist()
+    facts.sums = everything[len(counts) :].long()
+    findings = judge(facts)
+    zero_grad = next((found.value for found in findings if found.id == "zero-gradients"), None) or 0.0
     return EvalResult(
         clean_acc=clean / count,
         robust_acc=None if attack is None else robust / count,
-        zero_grad_frac=None if attack is None else zero_grad / max(clean, 1.0),
+        zero_grad_frac=None if attack is None else zero_grad,
         num_samples=int(count),
         num_classes=len(head.text_CD),
         survivors={stage: standing_now / count for stage, standing_now in zip(stages, standing, strict=True)},
+        findings=tuple(findings),
     )
+
+
+def _facts(attack: Attack | None, class_names: Sequence[str]) -> Facts:  # type: ignore[type-arg]
+    """What the checks are told beforehand; an attack without a threat model has no ball to stay in."""
+    if attack is None or not hasattr(attack, "threat"):
+        return Facts(class_names)
+    threat = attack.threat()
+    return Facts(class_names, eps=threat.eps, norm=threat.norm)
 
 
 def attack_rows(
