@@ -34,6 +34,15 @@ def names_from(source: NameSource) -> tuple[str, ...]:
     return tuple(names[int(index)] for index in _timm_lines(f"{variant}_indices.txt"))
 
 
+def imagenet_synsets() -> tuple[str, ...]:
+    """ImageNet's 1000 WordNet ids in the order of the labels, which is that of the sorted ids.
+
+    Raises:
+        ValueError: the package that brings them is not there.
+    """
+    return tuple(_timm_lines("imagenet_synsets.txt"))
+
+
 @cache
 def imagenet_templates() -> tuple[str, ...]:
     """open_clip's 80 prompts for ImageNet, with ``{}`` for the class."""
