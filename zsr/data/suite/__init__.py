@@ -3,6 +3,7 @@
 from zsr.data.suite.dataset import Dataset, Suite
 from zsr.data.suite.registry import dataset_keys, load_card, load_suite, suite_names
 from zsr.data.suite.schema import AttackEntry, DatasetCard, PromptSet, Protocol, Split
+from zsr.data.suite.superclasses import match_superclasses, read_superclasses
 
 __all__ = [
     "AttackEntry",
@@ -15,5 +16,7 @@ __all__ = [
     "dataset_keys",
     "load_card",
     "load_suite",
+    "match_superclasses",
+    "read_superclasses",
     "suite_names",
 ]

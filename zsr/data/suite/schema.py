@@ -77,6 +77,8 @@ class DatasetCard(Config):
     licence: str
     native_size: Annotated[int, Field(ge=1)] | None = None
     """Side in pixels of the square images as they are stored; None where they differ, or are larger than a model reads."""
+    superclasses: dict[str, list[str]] | Literal["emoji_groups"] | None = None
+    """Each with its classes, for attacks that aim at superclasses (zsr/data/suite/superclasses.py)."""
     chance_level: bool = False
     """A constant prediction scores like a robust model here: averages are given without the set too (METHODS.md b.11)."""
     notes: list[str] = Field(default_factory=list)
@@ -87,6 +89,10 @@ class DatasetCard(Config):
         for where, names in lists.items():
             if isinstance(names, list) and len(names) != self.num_classes:
                 raise ValueError(f"{where} lists {len(names)} class names, but num_classes={self.num_classes}")
+        if isinstance(self.superclasses, dict):
+            grouped = [name for names in self.superclasses.values() for name in names]
+            if not isinstance(self.classes, list) or sorted(grouped) != sorted(self.classes):
+                raise ValueError("superclasses should have each of the classes once")
         return self
 
 
