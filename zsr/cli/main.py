@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from zsr.cli import bench, config, data, doctor, evaluate, export, objectives, sweep, train
+from zsr.cli import bench, config, data, doctor, evaluate, export, objectives, report, sweep, train
 
 # Which extra brings a package that the core does without.
 _EXTRAS = {"ray": "ray", "optuna": "ray", "mlflow": "mlflow", "boto3": "s3", "botocore": "s3", "resvg_py": "recipes"}
@@ -25,7 +25,8 @@ app = typer.Typer(
 app.command("train")(train.train)
 # What follows the file belongs to the sweep, --help included.
 app.command("sweep", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})(sweep.sweep)
-app.command("eval")(evaluate.evaluate)
+app.add_typer(evaluate.app, name="eval")
+app.command("report")(report.report)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.command("objectives")(objectives.objectives)
