@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from zsr.cli.attacks import attack_title, read_attacks
 from zsr.cli.main import main
 from zsr.config import ConfigError
+from zsr.eval.card import find_cards
 
 
 def call(*arguments: object) -> int:
@@ -61,16 +60,23 @@ def test_mistakes_are_answered_with_the_option_and_the_way_out(options, says):
 
 
 def test_autoattack_reports_what_is_left_after_each_stage(tiny_model_name, small_shards, tmp_path, capsys):
-    results = tmp_path / "results.json"
     options = ["--attack", "aa", "--steps", 2, "--attack-set", "queries=5", "--attack-set", "target_classes=2"]
     assert call(
-        "eval", "--model", tiny_model_name, "--data", small_shards, "--eps", "1/255", "--json", results, *options
+        "eval", "--model", tiny_model_name, "--data", small_shards, "--eps", "1/255", "--out", tmp_path, *options
     ) == 0  # fmt: skip
-    (row,) = json.loads(results.read_text())["results"]
-    after = row["survivors"]["1/255"]
+    (card,) = find_cards([tmp_path])
+    after = {stage: share.value for stage, share in card.survivors.items()}
     assert list(after) == ["apgd-ce", "apgd-t", "fab-t", "square"]
-    assert row["clean"]["value"] >= after["apgd-ce"] >= after["apgd-t"] >= after["fab-t"] >= after["square"]
-    assert after["square"] == row["robust"]["1/255"]["value"]
+    assert card.clean.value >= after["apgd-ce"] >= after["apgd-t"] >= after["fab-t"] >= after["square"]
+    assert card.robust is not None and after["square"] == card.robust.value
     said = " ".join(capsys.readouterr().out.split())  # the table's title wraps
     assert "AutoAttack standard (apgd-ce, apgd-t, fab-t, square)" in said
     assert f"1/255: after apgd-ce {100 * after['apgd-ce']:.1f}, apgd-t" in said
+
+
+def test_settings_of_one_of_several_attacks():
+    options = {"norm": "linf", "settings": ["aa.queries=7", "steps=3", "apgd.restarts=2"], "others": ["aa", "apgd"]}
+    (cascade,) = read_attacks("aa", "1/255", **options).values()
+    assert (cascade.config.queries, cascade.config.steps, cascade.config.restarts) == (7, 3, 1)
+    (single,) = read_attacks("apgd", "1/255", **options).values()
+    assert (single.config.steps, single.config.restarts) == (3, 2)

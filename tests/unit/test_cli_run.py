@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from zsr.cli.models import find_checkpoint, load_named
 from zsr.cli.train import free_name
 from zsr.config import ModelConfig
 from zsr.defenses.ttc import TTCConfig
+from zsr.eval.card import ResultCard, find_cards
 from zsr.models import load_model
 
 
@@ -52,7 +52,7 @@ def test_dry_run_touches_nothing(
 def test_train_evaluate_export(
     settings: list[str], small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, results, exported = tmp_path / "run", tmp_path / "results.json", tmp_path / "exported"
+    run, exported = tmp_path / "run", tmp_path / "exported"
     assert call("train", "--local", "--output", run, *settings) == 0
     said = capsys.readouterr().out
     assert "val/robust_acc" in said
@@ -62,14 +62,16 @@ def test_train_evaluate_export(
     assert "holds a run already" in capsys.readouterr().err
 
     options = ["--data", small_shards, "--eps", "1/255,4/255", "--steps", 1, "--num-samples", 10]
-    assert call("eval", "--model", run, *options, "--json", results) == 0
+    assert call("eval", "--model", run, *options, "--out", tmp_path / "cards") == 0
     table = capsys.readouterr().out
     assert "linf 1/255" in table
     assert "linf 4/255" in table
-    content = json.loads(results.read_text())
-    assert list(content["results"][0]["robust"]) == ["1/255", "4/255"]
-    assert content["protocol"]["attacks"]["4/255"]["steps"] == 1
-    assert content["results"][0]["clean"]["num_samples"] == 10
+    cards = find_cards([tmp_path / "cards"])
+    assert sorted(card.attack.eps_text for card in cards if card.attack) == ["1/255", "4/255"]
+    for card in cards:
+        assert card.attack is not None and card.attack.settings["steps"] == 1
+        assert card.clean.total == 10
+        assert (card.model.label, card.model.objective) == ("run", "tima")
 
     assert call("export", run, "--out", exported) == 0
     assert (exported / "open_clip_config.json").is_file()
@@ -77,9 +79,11 @@ def test_train_evaluate_export(
     assert "is not empty" in capsys.readouterr().err
 
     # The exported folder is a model like any other, and is as accurate as the checkpoint.
-    assert call("eval", "--model", exported, *options, "--json", tmp_path / "again.json") == 0
-    again = json.loads((tmp_path / "again.json").read_text())
-    assert again["results"][0]["clean"] == content["results"][0]["clean"]
+    assert call("eval", "--model", exported, *options, "--out", tmp_path / "again") == 0
+    again = find_cards([tmp_path / "again"])
+    assert {card.clean.count for card in again} == {card.clean.count for card in cards}
+    assert {card.column for card in again} == {card.column for card in cards}
+    assert {card.model.weights_digest for card in again} == {card.model.weights_digest for card in cards}
 
 
 def test_a_defence_is_gated_by_the_model_that_the_checkpoint_came_from(
@@ -89,29 +93,36 @@ def test_a_defence_is_gated_by_the_model_that_the_checkpoint_came_from(
     assert call("train", "--local", "--output", run, *settings) == 0
     assert call("export", run, "--out", exported) == 0
 
-    def defense_of(*model: object) -> dict[str, Any]:
-        capsys.readouterr()
-        options = ["--data", small_shards, "--eps", "4/255", "--steps", 1, "--num-samples", 10, "--defense", "ttc"]
-        assert call("eval", "--model", *model, *options, "--json", tmp_path / "results.json") == 0
-        return json.loads((tmp_path / "results.json").read_text())["protocol"]["defense"]
+    said = ""
 
-    base = defense_of(tiny_model_name)
-    assert base["victim"] == base["gate"]
-    assert base["cost_units"] == 6
+    def defended(*model: object) -> ResultCard:
+        nonlocal said
+        options = ["--data", small_shards, "--attack", "none", "--num-samples", 10, "--defense", "ttc"]
+        folder = tmp_path / "cards" / str(len(list((tmp_path / "cards").glob("*"))))
+        assert call("eval", "--model", *model, *options, "--out", folder) == 0
+        said = capsys.readouterr().out
+        (card,) = (card for card in find_cards([folder]) if card.defense is not None)
+        return card
 
-    tuned = defense_of(run)
-    assert f"gate: {tiny_model_name}, image tower {base['victim']['image_sha256']}\n" in capsys.readouterr().out
-    assert tuned["gate"] == base["gate"]
-    assert tuned["victim"]["image_sha256"] != base["victim"]["image_sha256"]
-    assert tuned["cost_units"] == 8
+    base = defended(tiny_model_name)
+    own = "the model's own image tower"
+    assert base.defense is not None and (base.defense.gate, base.defense.cost_units) == (own, 6)
+    tower = re.search(r"victim: .*, image tower ([0-9a-f]{12})", said)
+    assert tower is not None
+
+    tuned = defended(run)
+    gate = f"{tiny_model_name}, image tower {tower[1]}"
+    assert f"gate: {gate}" in said
+    assert tuned.defense is not None and (tuned.defense.gate, tuned.defense.cost_units) == (gate, 8)
+    assert tuned.model.weights_digest != base.model.weights_digest
 
     # An exported folder does not know what it came from: it gates itself, unless told.
-    assert defense_of(exported)["cost_units"] == 6
-    assert "name the model it came from with --gate-model" in capsys.readouterr().out
-    told = defense_of(exported, "--gate-model", tiny_model_name)
-    assert told["gate"] == base["gate"]
-    assert told["victim"]["image_sha256"] == tuned["victim"]["image_sha256"]
-    assert told["cost_units"] == 8
+    alone = defended(exported)
+    assert alone.defense is not None and (alone.defense.gate, alone.defense.cost_units) == (own, 6)
+    assert "name the model it came from with --gate-model" in said
+    told = defended(exported, "--gate-model", tiny_model_name)
+    assert told.defense == tuned.defense
+    assert told.model.weights_digest == tuned.model.weights_digest
 
 
 def test_the_gate_of_a_defence_is_without_what_a_run_adds_to_its_model(

@@ -5,7 +5,6 @@ Shapes: B images, C channels (or classes, in logits), H x W pixels.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -24,7 +23,8 @@ from zsr.data.pipeline import eval_batches
 from zsr.data.shards import ShardSet
 from zsr.defenses.ttc import TTC, TTCConfig, relative_shift
 from zsr.engine.quick_eval import ZeroShotHead, evaluate
-from zsr.eval import DefendedCLIP, evaluate_oblivious, evaluate_sets
+from zsr.eval import DefendedCLIP, evaluate_sets
+from zsr.eval.card import find_cards
 from zsr.models import RobustCLIP, TextBank, load_model
 
 torch.set_num_threads(1)
@@ -84,19 +84,19 @@ def test_counts_equal_those_of_one_sample_at_a_time_in_any_batch_size(model, hea
     expected = count_one_by_one(head, shards)
     assert 0 < expected["triggered"] < NUM and expected["rescued"] > 0  # else the test could not fail
     for batch_size in (7, NUM):
-        found = evaluate_oblivious(
-            head, DefendedCLIP(model, TTC_CONFIG, seed=SEED), shards, {"none": None, "pgd": ATTACK, "again": ATTACK},
-            num_samples=NUM, batch_size=batch_size, seed=SEED,
+        bare, behind = evaluate_sets(
+            model, [shards], {"pgd": ATTACK, "again": ATTACK},
+            num_samples=NUM, batch_size=batch_size, seed=SEED, defended=DefendedCLIP(model, TTC_CONFIG, seed=SEED),
         )  # fmt: skip
-        bare, behind = found["pgd"]
-        assert found["again"] == found["pgd"]  # one attack leaves nothing behind for the next
-        assert [result.robust_acc for result in found["none"]] == [None, None]
-        assert [result.clean_acc for result in found["none"]] == [bare.clean_acc, behind.clean_acc]
-        assert bare == evaluate(head, shards, ATTACK, num_samples=NUM, seed=SEED)
-        counts = [bare.clean_acc, bare.robust_acc, behind.clean_acc, behind.robust_acc]
+        for row in (bare, behind):
+            assert row.robust["again"] == row.robust["pgd"]  # one attack leaves nothing behind for the next
+        training = evaluate(head, shards, ATTACK, num_samples=NUM, seed=SEED)
+        assert (bare.clean.value, bare.robust["pgd"].value) == (training.clean_acc, training.robust_acc)
+        assert bare.zero_grad_frac["pgd"] == training.zero_grad_frac
+        counts = [bare.clean, bare.robust["pgd"], behind.clean, behind.robust["pgd"]]
         names = ["clean", "robust", "defended clean", "defended robust"]
-        assert [round(share * NUM) for share in counts] == [expected[name] for name in names]
-        assert behind.num_samples == NUM and behind.num_classes == len(shards.classes)
+        assert [round(share.value * NUM) for share in counts] == [expected[name] for name in names]
+        assert behind.clean.num_samples == NUM and behind.chance == 1 / len(shards.classes)
 
 
 class Constant(TTC):
@@ -130,15 +130,17 @@ def test_a_sample_that_only_the_defence_gets_right_is_attacked_too(model):
     label = batch.label[wrong[0]]
     defense, attack = Constant(TTC_CONFIG), Recorder(PGDConfig())
     defense.image_1CHW = attack.image_1CHW = _image_taken_for(head, int(label))
-    found = evaluate_oblivious(head, DefendedCLIP(model, defense), shards, {"fixed": attack}, num_samples=NUM)
-    bare, behind = found["fixed"]
+    bare, behind = evaluate_sets(
+        model, [shards], {"fixed": attack}, num_samples=NUM, defended=DefendedCLIP(model, defense)
+    )
     right_B, of_label_B = bare_B == batch.label, batch.label == label
     assert right_B.any() and (of_label_B & ~right_B).any()
     assert attack.num_attacked == (right_B | of_label_B).sum() < NUM
     # Wrong at first and right on the attacked image: that is luck, not robustness.
-    assert bare.robust_acc == pytest.approx((right_B & of_label_B).double().mean().item())
-    assert behind.clean_acc == behind.robust_acc == pytest.approx(of_label_B.double().mean().item())
-    assert bare.zero_grad_frac == behind.zero_grad_frac == 1
+    assert bare.robust["fixed"].value == pytest.approx((right_B & of_label_B).double().mean().item())
+    assert behind.clean == behind.robust["fixed"]
+    assert behind.clean.value == pytest.approx(of_label_B.double().mean().item())
+    assert bare.zero_grad_frac == behind.zero_grad_frac == {"fixed": 1}
 
 
 def _image_taken_for(head: ZeroShotHead, label: int) -> Tensor:
@@ -215,25 +217,28 @@ EVAL = ["eval", "--model", "zsr:emoji-vit", "--data", "zsr:emoji/val"]
 
 
 def test_eval_prints_both_rows_and_says_that_the_attack_is_oblivious(tmp_path: Path, capsys):
-    options = ["--eps", "1/255,4/255", "--steps", 1, "--num-samples", 12]
-    assert call(*EVAL, *options, "--json", tmp_path / "bare.json") == 0
+    options = ["--eps", "1/255,4/255", "--steps", 1, "--num-samples", 12, "--no-probes"]
+    assert call(*EVAL, *options, "--out", tmp_path / "bare") == 0
     assert "oblivious" not in capsys.readouterr().out
     settings = ["--defense-set", "eps=8/255", "--defense-set", "num_steps=1"]
-    assert call(*EVAL, *options, "--defense", "ttc", *settings, "--json", tmp_path / "both.json") == 0
+    assert call(*EVAL, *options, "--defense", "ttc", *settings, "--out", tmp_path / "both") == 0
     said = capsys.readouterr().out
     assert len(re.findall(r"emoji/val\W+none", said)) == len(re.findall(r"emoji/val\W+ttc", said)) == 1
     assert "The attack does not know the defence (oblivious): it is crafted on the bare model." in said
-    digest = re.search(r"victim: zsr:emoji-vit, image tower ([0-9a-f]{12})\n", said)[1]
+    assert re.search(r"victim: zsr:emoji-vit, image tower ([0-9a-f]{12})\n", said)
     assert "gate: the victim's own image tower; if it was fine-tuned, name the model" in said
 
-    bare, both = (json.loads((tmp_path / name).read_text()) for name in ("bare.json", "both.json"))
-    assert bare["protocol"]["defense"] is None
-    defense = both["protocol"]["defense"]
-    assert defense["config"] == {**TTCConfig().model_dump(), "eps": 8 / 255, "num_steps": 1}
-    assert defense["cost_units"] == 4 and defense["attack"] == "oblivious"
-    assert defense["victim"] == defense["gate"] == {"model": "zsr:emoji-vit", "image_sha256": digest}
-    assert [row["defense"] for row in both["results"]] == [None, "ttc"]
-    assert both["results"][0] == bare["results"][0]
+    bare, both = ({card.id: card for card in find_cards([tmp_path / name])} for name in ("bare", "both"))
+    behind = [card for card in both.values() if card.defense is not None]
+    assert len(bare) == len(behind) == 2 and len(both) == 4
+    for card in behind:
+        assert card.attack is not None and card.attack.knowledge == "oblivious"
+        assert card.defense is not None and card.defense.cost_units == 4
+        expected = TTCConfig().model_dump(exclude={"name"}) | {"eps": 8 / 255, "num_steps": 1}
+        assert card.defense.settings == expected
+    for key, card in bare.items():  # the same card, whether a defence was measured beside it or not
+        assert both[key].attack is not None and both[key].attack.knowledge == "white-box"
+        assert (both[key].clean, both[key].robust) == (card.clean, card.robust)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zsr.attacks.base import Attack
-    from zsr.eval import EvalRow
 
 _PGD_STEPS = 10  # of attacks that need a step size; the others have a default of their own
 
@@ -21,6 +20,7 @@ def read_attacks(
     step_size: str | None = None,
     restarts: int | None = None,
     settings: Sequence[str] = (),
+    others: Sequence[str] = (),
 ) -> dict[str, Attack[Any]]:
     """One attack for each budget, by the text the user wrote it as.
 
@@ -28,7 +28,8 @@ def read_attacks(
         name: of the attack; ``aa`` is short for autoattack.
         eps: budgets, separated by commas.
         steps, step_size, restarts: None leaves the attack's own; steps are a quarter of eps long where it has a step size.
-        settings: ``key=value``, any setting of the attack.
+        settings: ``key=value``, any setting of the attack; ``name.key=value`` is for the attack of that name alone.
+        others: attacks that are read from the same options.
 
     Raises:
         ValueError: no such attack, setting or budget, or an option that the attack has no use for.
@@ -50,6 +51,7 @@ def read_attacks(
     for setting in settings:
         if "=" not in setting:
             raise ValueError(f"--attack-set {setting}: should be key=value, such as restarts=5")
+    own_settings = _own(settings, name, others)
     shared: dict[str, Any] = {"name": name, "norm": norm}
     if steps is not None or "step_size" in fields:
         shared["steps"] = _PGD_STEPS if steps is None else steps
@@ -63,7 +65,7 @@ def read_attacks(
                 tree["step_size"] = parse_fraction(step_size) if step_size else float(parse_fraction(label)) / 4
         except ValueError:
             raise ValueError(f"--eps {label}: should be a number or a fraction such as 2/255") from None
-        tree = apply_overrides(tree, settings)
+        tree = apply_overrides(tree, own_settings)
         try:
             attacks[label] = ATTACKS.build(config_class.model_validate(tree))
         except ValidationError as error:
@@ -74,17 +76,23 @@ def read_attacks(
     return attacks
 
 
+def _own(settings: Sequence[str], name: str, others: Sequence[str]) -> list[str]:
+    """The settings for this attack, without its name in front."""
+    full = {"autoattack" if other == "aa" else other for other in others}
+    own = []
+    for setting in settings:
+        owner, dot, rest = setting.partition("=")[0].partition(".")
+        owner = "autoattack" if owner == "aa" else owner
+        if not dot or owner not in full | {name}:
+            own.append(setting)
+        elif owner == name:
+            own.append(rest + setting[setting.index("=") :])
+    return own
+
+
 def attack_title(attack: Attack[Any]) -> str:
     """What a table calls the attack: PGD-10, or AutoAttack with the stages that it runs."""
     config = attack.config
     if attack.stages:
         return f"AutoAttack {config.version} ({', '.join(attack.stages)})"
     return f"{config.name.upper()}-{config.steps if hasattr(config, 'steps') else config.queries}"
-
-
-def stage_sentences(row: EvalRow) -> list[str]:
-    """For an attack in stages: what was left after each."""
-    return [
-        f"{row.data} {label}: after " + ", ".join(f"{stage} {100 * share:.1f}" for stage, share in stages.items())
-        for label, stages in row.survivors.items()
-    ]

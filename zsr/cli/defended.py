@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from zsr.config.schema import Precision
     from zsr.defenses.base import DefenseConfig
     from zsr.eval import DefendedCLIP
+    from zsr.eval.card import DefenseInfo
     from zsr.models import ImageTower, RobustCLIP
 
 
@@ -80,20 +80,20 @@ class Guarded:
         return [
             f"victim: {self.victim}",
             gate,
-            "The attack does not know the defence (oblivious): it is crafted on the bare model. "
-            "These are no numbers for an attacker who knows it.",
         ]
 
-    def protocol(self) -> dict[str, Any]:
-        """The same for ``--json``."""
-        return {
-            "config": self.defended.defense.config.model_dump(mode="json"),
-            "attack": "oblivious",
-            "seed": self.defended.seed,
-            "cost_units": self.defended.cost_units,
-            "victim": asdict(self.victim),
-            "gate": asdict(self.gate),
-        }
+    def info(self) -> DefenseInfo:
+        """The same for a card."""
+        from zsr.eval.card import DefenseInfo
+
+        config = self.defended.defense.config
+        return DefenseInfo(
+            name=config.name,
+            settings=config.model_dump(mode="json", exclude={"name"}),
+            gate=str(self.gate) if self.defended.own_gate else "the model's own image tower",
+            cost_units=self.defended.cost_units,
+            seed=self.defended.seed,
+        )
 
 
 def guard(
@@ -114,12 +114,13 @@ def guard(
     Raises:
         ValueError: the gate cannot be loaded, or takes images of another size.
     """
-    from zsr.cli.models import load_named
+    from zsr.cli.models import load_named, trained_config
     from zsr.eval import DefendedCLIP
     from zsr.models import load_model
 
     gate, gate_name = clip.image, name
-    base = _base_model(clip, name)
+    config_of_run = trained_config(name, clip)
+    base = None if config_of_run is None else config_of_run.model
     if gate_model is not None and gate_model != name:
         try:
             named, _ = load_named(gate_model, pretrained, precision, device)
@@ -137,18 +138,6 @@ def guard(
     victim_id, gate_id = Identity(name, _sha256(clip.image)), Identity(gate_name, _sha256(gate))
     defended = DefendedCLIP(clip, config, gate, seed)
     return Guarded(defended, victim_id, gate_id, gate_was_named=gate_model is not None)
-
-
-def _base_model(clip: RobustCLIP, name: str) -> Any:
-    """Settings of the pre-trained model that a checkpoint came from; None for a model that is no checkpoint."""
-    from zsr.cli.models import find_checkpoint
-    from zsr.config import validate
-    from zsr.engine.checkpoint import read_state
-
-    folder = Path(name).expanduser()
-    if clip.arch in (name, f"local-dir:{folder}"):  # loaded by its own name: a model, or an exported folder
-        return None
-    return validate(read_state(find_checkpoint(folder))["config"]).model
 
 
 def _sha256(tower: ImageTower) -> str:

@@ -1,8 +1,7 @@
-"""``zsr eval``: clean and robust zero-shot accuracy of one model on several sets and budgets, as a table."""
+"""``zsr eval``: clean and robust zero-shot accuracy of models on sets and suites, as result cards and a table."""
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import json
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zsr.cli.output import ProgressLine, percent, print_table
-
 if TYPE_CHECKING:
-    from zsr.eval import Accuracy
+    from zsr.cli.eval_jobs import Order
+
+app = typer.Typer(help="Measure clean and robust zero-shot accuracy; write result cards.")
 
 
 class Precision(enum.StrEnum):
@@ -26,20 +25,50 @@ class Norm(enum.StrEnum):
     l2 = "l2"
 
 
+@app.command("schema")
+def schema() -> None:
+    """Print the JSON schema of a result card."""
+    from zsr.eval.card import card_schema
+
+    typer.echo(json.dumps(card_schema(), indent=1))
+
+
+@app.callback(invoke_without_command=True)
 def evaluate(
-    model: Annotated[str, typer.Option("--model", "-m", help="Checkpoint, run or exported folder, or a model's name.")],
-    data: Annotated[str, typer.Option("--data", help="Sets to evaluate on, separated by commas.")] = (
-        "zsr:emoji/test_both,zsr:emoji/test_style,zsr:emoji/test_concepts"
-    ),
+    context: typer.Context,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="Checkpoint, run or exported folder, or a model's name; may be repeated."),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option("--data", help="Sets to evaluate on, addresses or names of the registry, separated by commas."),
+    ] = "zsr:emoji/test_both,zsr:emoji/test_style,zsr:emoji/test_concepts",
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", help="A protocol's sets, in its way; see zsr data suite. In place of --data."),
+    ] = None,
+    root: Annotated[
+        str | None, typer.Option("--root", help="Folder or s3://bucket/prefix that holds the sets of the registry.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop where a set of the suite is missing.")] = False,
     eps: Annotated[
         str, typer.Option("--eps", help="Budgets in pixel units, separated by commas.")
     ] = "1/255,2/255,4/255",
     attack: Annotated[
-        str, typer.Option("--attack", help="pgd, cw, apgd, autoattack (or aa), square, fab: see zsr/attacks.")
-    ] = "pgd",
+        list[str] | None,
+        typer.Option(
+            "--attack",
+            help="pgd (by default), cw, apgd, autoattack (or aa), square, fab, adaptive, or none; may be repeated.",
+        ),
+    ] = None,
     attack_set: Annotated[
         list[str] | None,
-        typer.Option("--attack-set", metavar="KEY=VALUE", help="A setting of the attack; may be repeated."),
+        typer.Option(
+            "--attack-set",
+            metavar="KEY=VALUE",
+            help="A setting of the attack, of one of several as adaptive.eot=5; may be repeated.",
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="Of the attack; 10 for pgd and cw, 100 for the others.")
@@ -49,7 +78,10 @@ def evaluate(
     ] = None,
     norm: Annotated[Norm, typer.Option("--norm")] = Norm.linf,
     restarts: Annotated[int | None, typer.Option("--restarts", min=1, help="Of the attack; 1 by default.")] = None,
-    num_samples: Annotated[int, typer.Option("--num-samples", min=0, help="Of each set; 0 takes all.")] = 0,
+    num_samples: Annotated[
+        int | None,
+        typer.Option("--num-samples", min=0, help="Of each set; 0 takes all, as does a suite that names none."),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 128,
     template: Annotated[
         str | None, typer.Option("--template", help="Prompt with {}; each set's own first by default.")
@@ -73,104 +105,69 @@ def evaluate(
             "--gate-model", help="Pre-trained model that gates the defence; the one a checkpoint came from by default."
         ),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the results, with their protocol, here.")
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the cards; .zsr/results by default, under ZSR_HOME if set.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be measured, and measure nothing.")
+    ] = False,
+    probes: Annotated[
+        bool, typer.Option("--probes/--no-probes", help="Also run the checks that need attacks of their own.")
+    ] = True,
 ) -> None:
-    """Evaluate a model under an attack and print a table.
+    """Evaluate models under attacks: a result card for each model, set, attack and budget, and a table of them.
 
-    With --defense each set gets two rows, without and with the defence, from one run of the attack. The attack does not know
-    the defence: it is crafted on the bare model, on every sample that is right without the defence or with it.
+    A card that is there is not measured again, and what was interrupted goes on at the last finished batch.
+
+    With --defense each set gives two cards, without and with the defence, from one run of the attack. Unless it is the adaptive
+    one, the attack does not know the defence: it is crafted on the bare model, on every sample that is right without the
+    defence or with it.
     """
-    import torch
+    if context.invoked_subcommand is not None:
+        return
+    from zsr.cli.attacks import read_attacks
+    from zsr.cli.defended import read_defense
+    from zsr.cli.eval_jobs import Order, run
+    from zsr.cli.eval_sets import read_sets
+    from zsr.data.suite import load_suite
 
-    from zsr.cli.attacks import attack_title, read_attacks, stage_sentences
-    from zsr.cli.defended import guard, read_defense
-    from zsr.cli.models import load_named
-    from zsr.data.shards import ShardSet
-    from zsr.eval import evaluate_sets
-
+    if not model:
+        raise ValueError("--model: names no model; write such as --model zsr:emoji-vit")
     if template is not None and "{}" not in template:
         raise ValueError(f"--template {template!r}: needs {{}} where the class name goes")
+    if template is not None and suite is not None:
+        raise ValueError("--template: the prompts are the suite's; leave it out, or name sets with --data")
+    names = attack or ["pgd"]
+    if "none" in names and len(names) > 1:
+        raise ValueError("--attack none: stands alone; leave out the other attacks")
+    attacks = [] if names == ["none"] else [
+        (label, one)
+        for name in names
+        for label, one in read_attacks(
+            name, eps, norm=norm.value, steps=steps, step_size=step_size, restarts=restarts,
+            settings=attack_set or [], others=names,
+        ).items()
+    ]  # fmt: skip
     defense_config = read_defense(defense, defense_set or [], gate_model)
-    attacks = read_attacks(
-        attack,
-        eps,
-        norm=norm.value,
-        steps=steps,
-        step_size=step_size,
-        restarts=restarts,
-        settings=attack_set or [],
-    )
-    sets = [ShardSet(address.strip()) for address in data.split(",") if address.strip()]
-    if not sets:
-        raise ValueError("--data: names no set; write such as zsr:emoji/test_both")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    clip, trained_template = load_named(model, pretrained, precision.value, device)
-    guarded = None
-    if defense_config is not None:
-        guarded = guard(
-            clip,
-            model,
-            defense_config,
-            gate_model,
-            pretrained=pretrained,
-            precision=precision.value,
-            device=device,
-            seed=seed,
-        )
-    rows = evaluate_sets(
-        clip,
-        sets,
-        attacks,
-        template=template or trained_template,
-        num_samples=num_samples,
-        batch_size=batch_size,
+    if defense_config is None and any(one.config.name == "adaptive" for _, one in attacks):
+        raise ValueError("--attack adaptive: needs a defence to know; add --defense ttc")
+    protocol = None if suite is None else load_suite(suite)
+    test_sets, missing = read_sets(protocol, data, root, num_samples, strict)
+    order: Order = Order(
+        models=model,
+        suite=protocol,
+        test_sets=test_sets,
+        missing=missing,
+        attacks=attacks,
+        template=template,
+        pretrained=pretrained,
+        precision=precision.value,
         seed=seed,
-        progress=ProgressLine(),
-        defended=None if guarded is None else guarded.defended,
+        device=device,
+        defense=defense_config,
+        gate_model=gate_model,
+        out=out,
+        batch_size=batch_size,
+        probes=probes,
     )
-    header = ["set", "images", "chance", "clean", *(f"{norm.value} {label}" for label in attacks)]
-    cells = [
-        [
-            row.data,
-            str(row.clean.num_samples),
-            percent(row.chance),
-            _with_interval(row.clean),
-            # Zero input gradients mean that the attack was blind there, not that the model is robust.
-            *(_with_interval(row.robust[label]) + _blind(row.zero_grad_frac[label]) for label in attacks),
-        ]
-        for row in rows
-    ]
-    title = f"{model}: accuracy in %, {attack_title(next(iter(attacks.values())))}, with 95% intervals"
-    if guarded is not None:
-        title += "; attack oblivious of the defence"
-        header.insert(1, "defence")
-        for row, line in zip(rows, cells, strict=True):
-            line.insert(1, row.defense or "none")
-    print_table(title, header, cells)
-    for sentence in (sentence for row in rows for sentence in stage_sentences(row)):
-        typer.echo(sentence)
-    for sentence in guarded.sentences() if guarded is not None else ():
-        typer.echo(sentence)
-    if json_file is not None:
-        protocol = {
-            "model": model,
-            "image_size": clip.image_size,
-            "attacks": {label: each.config.model_dump(mode="json") for label, each in attacks.items()},
-            "batch_size": batch_size,
-            "precision": precision.value,
-            "seed": seed,
-            "defense": None if guarded is None else guarded.protocol(),
-        }
-        results = [dataclasses.asdict(row) for row in rows]
-        json_file.write_text(json.dumps({"protocol": protocol, "results": results}, indent=2) + "\n")
-
-
-def _with_interval(accuracy: Accuracy) -> str:
-    low, high = accuracy.interval
-    return f"{percent(accuracy.value)} ({percent(low)}-{percent(high)})"
-
-
-def _blind(zero_grad_frac: float) -> str:
-    return f" {percent(zero_grad_frac)}% blind" if zero_grad_frac else ""
+    run(order, dry_run=dry_run)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from zsr.config import RunConfig
     from zsr.config.schema import Precision
     from zsr.models.clip import RobustCLIP
 
@@ -70,3 +71,22 @@ def load_named(name: str, pretrained: str | None, precision: Precision, device: 
     model = load_model(ModelConfig(name=name, pretrained=pretrained), precision, device)
     model.eval()
     return model, None
+
+
+def trained_config(name: str, clip: RobustCLIP) -> RunConfig | None:
+    """Settings of the run that a loaded checkpoint came from; None for a model that is no checkpoint."""
+    from zsr.config import validate
+    from zsr.engine.checkpoint import read_state
+
+    folder = Path(name).expanduser()
+    if clip.arch in (name, f"local-dir:{folder}"):  # loaded by its own name: a model, or an exported folder
+        return None
+    return validate(read_state(find_checkpoint(folder))["config"])
+
+
+def label_of(name: str) -> str:
+    """A short name for tables: a folder's own, a model's without its scheme."""
+    parts = [part for part in Path(name.partition(":")[2] or name).parts if part != "/"]
+    if len(parts) > 2 and parts[-2] == "checkpoints":
+        return parts[-3]
+    return parts[-1] if parts else name

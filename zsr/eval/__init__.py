@@ -1,7 +1,6 @@
 """Zero-shot evaluation: clean and robust accuracy with intervals, over sets and attacks, bare or behind a defence."""
 
 from zsr.eval.defended import DefendedCLIP
-from zsr.eval.oblivious import evaluate_oblivious
 from zsr.eval.zeroshot import Accuracy, EvalRow, evaluate_sets
 
-__all__ = ["Accuracy", "DefendedCLIP", "EvalRow", "evaluate_oblivious", "evaluate_sets"]
+__all__ = ["Accuracy", "DefendedCLIP", "EvalRow", "evaluate_sets"]

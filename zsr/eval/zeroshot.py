@@ -1,26 +1,25 @@
-"""One model on several sets under several attacks: the rows of ``zsr eval``.
+"""One model on several sets under several attacks, without files: what a sweep's last word and a comparison ask for.
 
-The measurement itself is the loop's own quick evaluation (zsr/engine/quick_eval.py), with more samples and steps. The
-strong attacks and result cards belong in this room too.
+``zsr eval`` writes cards instead (zsr/eval/plan.py); both run the same measurement (zsr/eval/runner.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from zsr.attacks.base import Attack
 from zsr.data.shards import ShardSet
-from zsr.engine.quick_eval import EvalResult, ZeroShotHead, evaluate
+from zsr.engine.quick_eval import ZeroShotHead
 from zsr.eval.card import wilson_interval
 from zsr.eval.defended import DefendedCLIP
-from zsr.eval.oblivious import evaluate_oblivious
+from zsr.eval.images import Images
+from zsr.eval.ledger import Ledger
+from zsr.eval.runner import Clean, Verdicts, classify_clean, run_attack, still_right, survivors
+from zsr.eval.scene import Scene
+from zsr.eval.target import BARE, plain_target
 from zsr.models import RobustCLIP, TextBank
-
-Progress = Callable[[str, str, int, int], None]
-"""Called with (set, attack, samples done, samples to do)."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ class EvalRow:
         chance: accuracy of guessing, 1 / classes.
         template: the prompt that made the class embeddings.
         robust: accuracy under each attack, by the attack's label.
-        zero_grad_frac: share of samples without an input gradient, by the attack's label; 0 unless something is wrong.
+        zero_grad_frac: share of attacked samples without an input gradient, by the attack's label; 0 unless something is
+            wrong.
         defense: name of the test-time defence in front of the model, which the attack does not know; None without one.
         survivors: for attacks in stages, accuracy after each stage, by the attack's label.
     """
@@ -67,7 +67,6 @@ def evaluate_sets(
     num_samples: int = 0,
     batch_size: int = 128,
     seed: int = 0,
-    progress: Progress | None = None,
     defended: DefendedCLIP | None = None,
 ) -> list[EvalRow]:
     """Measure clean and robust zero-shot accuracy on each set.
@@ -76,58 +75,57 @@ def evaluate_sets(
         attacks: by label, such as ``{"2/255": PGD(...)}``; may be empty.
         template: prompt for all sets; each set's own first one if None.
         num_samples: of each set, the head of its fixed subset order; 0 means all.
-        defended: ``model`` behind a defence. Each set then gives two rows, without and with it, from one run of the attacks
-            (zsr/eval/oblivious.py says what is attacked and what counts).
+        defended: ``model`` behind a defence. Each set then gives two rows, without and with it, from one run of the attacks:
+            they see the bare model and attack what is right without the defence or with it. A sample is robust for a judge
+            that is right on the clean and on the attacked image. (Published tables ask for the attacked image alone; they
+            can only be higher.)
 
     Raises:
         ValueError, OSError: a set cannot be read.
     """
     bank = TextBank(model)
-    measured: dict[str, Attack[Any] | None] = {**attacks} if attacks else {"clean": None}
     rows = []
     for shards in sets:
-        if not shards.has_labels:
-            raise ValueError(f"{shards.address}: has no labels; accuracy needs a set with classes")
+        images = Images(shards, model.image_size, num_samples)
         prompt = shards.templates[0] if template is None else template
         head = ZeroShotHead(model, bank, shards.classes, [prompt])
-        options: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
-        if defended is None:
-            bare = {
-                label: evaluate(head, shards, attack, progress=_named(progress, shards.address, label), **options)
-                for label, attack in measured.items()
-            }
-        else:
-            tell = None if progress is None else partial(progress, shards.address)
-            both = evaluate_oblivious(head, defended, shards, measured, progress=tell, **options)
-            bare = {label: results[0] for label, results in both.items()}
-            behind = {label: results[1] for label, results in both.items()}
-        rows.append(_row(shards, prompt, bare, None))
-        if defended is not None:
-            rows.append(_row(shards, prompt, behind, defended.defense.config.name))
+        scene = Scene(images, plain_target(head, defended), shards.classes, device=head.text_CD.device, seed=seed)
+        clean = classify_clean(scene, {name: Ledger(None, "") for name in scene.target.judges}, batch_size=batch_size)
+        found = {
+            label: (attack, run_attack(scene, attack, clean, Ledger(None, ""), batch_size=batch_size))
+            for label, attack in attacks.items()
+        }
+        for judge in scene.target.judges:
+            name = None if judge == BARE or defended is None else defended.defense.config.name
+            rows.append(_row(scene, prompt, judge, name, clean, found))
     return rows
 
 
-def _row(shards: ShardSet, prompt: str, results: Mapping[str, EvalResult], defense: str | None) -> EvalRow:
-    first = next(iter(results.values()))
+def _row(
+    scene: Scene,
+    prompt: str,
+    judge: str,
+    defense: str | None,
+    clean: Clean,
+    found: Mapping[str, tuple[Attack[Any], Verdicts]],
+) -> EvalRow:
+    label, num = scene.images.label, len(scene.images)
+    right = clean.pred[judge] == label
+    robust = {name: still_right(clean, verdicts, label, judge) for name, (_, verdicts) in found.items()}
     return EvalRow(
-        data=shards.address,
-        chance=1 / first.num_classes,
+        data=scene.images.shards.address,
+        chance=1 / len(scene.class_names),
         template=prompt,
-        clean=Accuracy(first.clean_acc, first.num_samples),
-        robust={
-            label: Accuracy(result.robust_acc, result.num_samples)
-            for label, result in results.items()
-            if result.robust_acc is not None
-        },
+        clean=Accuracy(int(right.sum()) / num, num),
+        robust={name: Accuracy(int(still.sum()) / num, num) for name, still in robust.items()},
         zero_grad_frac={
-            label: result.zero_grad_frac for label, result in results.items() if result.zero_grad_frac is not None
+            name: int((right & verdicts.zero_grad).sum()) / max(int(right.sum()), 1)
+            for name, (_, verdicts) in found.items()
         },
         defense=defense,
-        survivors={label: result.survivors for label, result in results.items() if result.survivors},
+        survivors={
+            name: {stage: share.value for stage, share in survivors(attack, clean, verdicts, label, judge).items()}
+            for name, (attack, verdicts) in found.items()
+            if attack.stages and judge == BARE
+        },
     )
-
-
-def _named(progress: Progress | None, data: str, label: str) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress(data, label, done, total)

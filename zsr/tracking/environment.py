@@ -29,6 +29,20 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str]:
+    """The short form, for a result card: versions of zsr and of what computes, the commit, the platform."""
+    packages = {
+        name: metadata.version(package) for name, package in (("torch", "torch"), ("open_clip", "open_clip_torch"))
+    }
+    return {
+        "zsr": zsr.__version__,
+        **packages,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": source_commit() or "unknown",
+    }
+
+
 def source_commit() -> str | None:
     """The commit of the source tree, with ``-dirty`` if files differ from it; ``None`` outside a git checkout."""
     if os.environ.get(COMMIT_VARIABLE):

@@ -1,0 +1,117 @@
+"""What zsr eval prints: a table for each model, made from its cards, and what has to be said about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+from zsr.cli.output import percent, print_table
+
+if TYPE_CHECKING:
+    from zsr.data.suite import Suite
+    from zsr.eval.card import ResultCard, Share
+
+
+def show_cards(cards: Sequence[ResultCard], suite: Suite | None) -> None:
+    """Print the tables, averages if a suite was measured, and the findings that a reader must know."""
+    for digest in dict.fromkeys(card.model.weights_digest for card in cards):
+        _show_model([card for card in cards if card.model.weights_digest == digest], suite)
+
+
+def _show_model(cards: Sequence[ResultCard], suite: Suite | None) -> None:
+    columns = list(dict.fromkeys(_column(card, cards) for card in cards if card.attack is not None))
+    rows: dict[tuple[str, str], dict[str, ResultCard]] = {}
+    for card in cards:
+        row = rows.setdefault((card.dataset.key, card.defense.name if card.defense else "none"), {})
+        row["" if card.attack is None else _column(card, cards)] = card
+    defended = any(card.defense is not None for card in cards)
+    header = ["set", *(["defence"] if defended else []), "images", "chance", "clean", *columns]
+    body = []
+    for (key, defense), row in rows.items():
+        any_card = next(iter(row.values()))
+        body.append(
+            [
+                key,
+                *([defense] if defended else []),
+                str(any_card.dataset.samples),
+                percent(any_card.dataset.chance),
+                _with_interval(any_card.clean),
+                *(_robust(row.get(column)) for column in columns),
+            ]
+        )
+    body += list(_averages(rows, columns, suite, defended))
+    titles = dict.fromkeys(card.attack.title for card in cards if card.attack is not None)
+    title = ", ".join([f"{cards[0].model.name}: accuracy in %", *titles, "with 95% intervals"])
+    knowledge = {card.attack.knowledge for card in cards if card.attack is not None and card.defense is not None}
+    if knowledge:
+        title += f"; attack {' or '.join(sorted(knowledge))} of the defence"
+    print_table(title, header, body)
+    for sentence in _sentences(cards):
+        typer.echo(sentence)
+
+
+def _column(card: ResultCard, cards: Sequence[ResultCard]) -> str:
+    attack = card.attack
+    assert attack is not None
+    several = len({other.attack.name for other in cards if other.attack is not None}) > 1
+    crafted = "" if attack.crafted_on == "served" else " crafted"
+    return f"{attack.name + ' ' if several else ''}{attack.norm} {attack.eps_text}{crafted}"
+
+
+def _averages(
+    rows: Mapping[tuple[str, str], Mapping[str, ResultCard]],
+    columns: Sequence[str],
+    suite: Suite | None,
+    defended: bool,
+) -> Iterator[list[str]]:
+    """Means over the sets that are there, as the suite wants them; none of fewer than two."""
+    if suite is None:
+        return
+    for defense in dict.fromkeys(defense for _, defense in rows):
+        there = {key: row for (key, other), row in rows.items() if other == defense}
+        for name, keys in suite.averages().items():
+            found = [there[key] for key in keys if key in there]
+            if len(found) < 2:
+                continue
+            clean = [next(iter(row.values())).clean.value for row in found]
+            robust = [[row[column].robust for row in found if column in row] for column in columns]
+            yield [
+                f"mean {name} ({len(found)} of {len(keys)} sets)",
+                *([defense] if defended else []),
+                "",
+                "",
+                percent(sum(clean) / len(clean)),
+                *(_mean([share.value for share in shares if share is not None], len(found)) for shares in robust),
+            ]
+
+
+def _mean(values: Sequence[float], expected: int) -> str:
+    return percent(sum(values) / expected) if len(values) == expected else ""
+
+
+def _robust(card: ResultCard | None) -> str:
+    if card is None or card.robust is None:
+        return ""
+    # Zero input gradients mean that the attack was blind there, not that the model is robust.
+    blind = next((finding.value for finding in card.checks if finding.id == "zero-gradients"), None)
+    failed = "" if card.believed else " !"
+    return _with_interval(card.robust) + (f" {percent(blind)}% blind" if blind else "") + failed
+
+
+def _with_interval(share: Share) -> str:
+    return f"{percent(share.value)} ({percent(share.low)}-{percent(share.high)})"
+
+
+def _sentences(cards: Sequence[ResultCard]) -> Iterator[str]:
+    for card in cards:
+        if card.attack is None:
+            continue
+        where = f"{card.dataset.key}{' behind ' + card.defense.name if card.defense else ''} {card.attack.eps_text}"
+        if card.survivors:
+            after = ", ".join(f"{stage} {percent(share.value)}" for stage, share in card.survivors.items())
+            yield f"{where}: after {after}"
+        for finding in card.checks:
+            if finding.level in ("warn", "fail"):
+                yield f"{finding.level}: {where}: {finding.id}: {finding.sentence}"

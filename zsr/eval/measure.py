@@ -1,0 +1,176 @@
+"""From a job to its cards: the ledger is opened, what is missing is done, the checks are asked, the cards are written."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from zsr.attacks.base import input_gradients_only
+from zsr.attacks.checks import Finding, gravest_first, judge
+from zsr.attacks.noise import sample_seeds
+from zsr.eval.card import Cost, ResultCard, write_card
+from zsr.eval.examples import MOST, Examples
+from zsr.eval.ledger import Ledger, Line
+from zsr.eval.plan import Blank, Job
+from zsr.eval.probes import MOST_IMAGES, probe
+from zsr.eval.runner import Clean, Crew, LocalCrew, Tell, Verdicts, classify_clean, run_attack, still_right, survivors
+from zsr.eval.scene import Scene
+from zsr.eval.shares import share_of
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a measurement is done with; none of it changes a verdict.
+
+    Attributes:
+        probes: whether the expensive checks run.
+        device: in words, for the card.
+        environment: versions, for the card.
+    """
+
+    batch_size: int = 128
+    crew: Crew = field(default_factory=LocalCrew)
+    workers: int = 1
+    probes: bool = True
+    device: str = "cpu"
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def measure_clean(scene: Scene, folder: Path, cards: Mapping[str, Blank], means: Means, tell: Tell | None) -> Clean:
+    """The clean predictions of each judge, from their ledgers as far as they are there.
+
+    Args:
+        cards: of the judges without an attack, by name; their ids own the ledgers.
+
+    Raises:
+        ValueError, OSError: the set cannot be read, or a ledger is in use.
+    """
+    with ExitStack() as stack:
+        ledgers = {
+            name: stack.enter_context(Ledger(_ledger_path(folder, blank), blank.id, _about(blank)))
+            for name, blank in cards.items()
+        }
+        return classify_clean(scene, ledgers, batch_size=means.batch_size, crew=means.crew, tell=tell)
+
+
+def measure(scene: Scene, job: Job, clean: Clean, means: Means, tell: Tell | None = None) -> list[ResultCard]:
+    """Do a job, or what is left of it, and write its cards.
+
+    Args:
+        clean: of the job's judges.
+
+    Raises:
+        ValueError, OSError: the set cannot be read, or the ledger is in use.
+    """
+    images, attack = scene.images, job.attack
+    if attack is None:
+        return [_finish(scene, job, name, clean, None, [], means) for name in job.cards]
+    owner = job.owner
+    compare = owner.protocol.precision == "bf16"
+    examples = Examples(job.folder / f"{owner.id}.examples.npz")
+    with Ledger(_ledger_path(job.folder, owner), owner.id, _about(owner)) as ledger:
+        verdicts = run_attack(
+            scene, attack, clean, ledger, batch_size=means.batch_size, crew=means.crew, tell=tell, keep=examples.add,
+            num_keep=MOST, compare=compare,
+        )  # fmt: skip
+    probed = _probe(scene, job, clean, verdicts) if means.probes else []
+    if compare:
+        probed = [*probed, bf16_finding(verdicts.lines, dict(zip(images.ids.tolist(), images.label.tolist())))]
+    cards = [_finish(scene, job, name, clean, verdicts, probed, means) for name in job.cards]
+    for name, blank in job.cards.items():
+        path = job.folder / f"{blank.id}.examples.npz"
+        examples.write(path, images, clean.pred[name], verdicts.pred[name], scene.class_names)
+    return cards
+
+
+def _finish(
+    scene: Scene,
+    job: Job,
+    name: str,
+    clean: Clean,
+    verdicts: Verdicts | None,
+    probed: Sequence[Finding],
+    means: Means,
+) -> ResultCard:
+    blank, label, attack = job.cards[name], scene.images.label, job.attack
+    by_class = blank.protocol.metric == "mean_per_class"
+    lines = [*clean.lines[name], *(() if verdicts is None else verdicts.lines)]
+    seconds, total = sum(line.seconds for line in lines), len(scene.images)
+    card = ResultCard(
+        id=blank.id,
+        column=blank.column,
+        protocol=blank.protocol,
+        dataset=blank.dataset,
+        model=blank.model,
+        defense=blank.defense,
+        attack=blank.attack,
+        seed=blank.seed,
+        clean=share_of(clean.pred[name] == label, label, by_class),
+        robust=None if verdicts is None else share_of(still_right(clean, verdicts, label, name), label, by_class),
+        survivors={}
+        if verdicts is None or attack is None
+        else survivors(attack, clean, verdicts, label, name, by_class),
+        checks=gravest_first([*judge(scene.facts(attack, lines, name)), *probed]),
+        cost=Cost(
+            seconds=round(seconds, 3),
+            images_per_s=round(total / max(seconds, 1e-9), 3),
+            encoder_passes=sum(line.passes for line in lines),
+            device=means.device,
+            workers=means.workers,
+        ),
+        environment=dict(means.environment),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    write_card(card, job.path(name))
+    return card
+
+
+def _probe(scene: Scene, job: Job, clean: Clean, verdicts: Verdicts) -> list[Finding]:
+    """The expensive checks, on the first samples by key that what the attack sees has right without it."""
+    target, images, attack = scene.target, scene.images, job.attack
+    first = next(iter(job.cards))
+    if attack is None or target.surrogate is not None or target.label_map is not None:
+        return []  # what these attacks see is no classifier of these labels
+    right = np.flatnonzero(clean.pred[first] == images.label)
+    rows = sorted(right.tolist(), key=lambda row: images.keys[int(images.ids[row])])[:MOST_IMAGES]
+    if not rows:
+        return []
+    batch = images.batch(images.ids[rows].tolist())
+    image_BCHW, label_B = batch.image.to(scene.device).float() / 255, batch.label.to(scene.device)
+    broken_B = torch.from_numpy(~still_right(clean, verdicts, images.label, first)[rows]).to(scene.device)
+    facts = scene.facts(attack, verdicts.lines, first)
+    with input_gradients_only(*target.towers):
+        return probe(
+            target.seen, attack, image_BCHW, label_B, sample_seeds(batch.key, "eval", scene.seed), broken_B, facts
+        )
+
+
+def bf16_finding(lines: Sequence[Line], label: Mapping[int, int]) -> Finding:
+    """How many verdicts of a bf16 run a float32 classifier does not share, on the same attacked images."""
+    differ: dict[int, bool] = {}
+    for line in sorted(lines, key=lambda line: line.stage):
+        judged = next(iter(line.pred.values()))
+        for row, sample in enumerate(line.ids):
+            if str(sample) in line.fp32 and (line.stage == 0 or line.success[row]):
+                differ[sample] = (judged[row] == label[sample]) != (line.fp32[str(sample)] == label[sample])
+    count, total = sum(differ.values()), len(differ)
+    sentence = f"{count} of {total} verdicts on attacked images differ between bfloat16 and float32"
+    level: Any = "ok" if not count else "note" if count <= 0.02 * total else "warn"
+    return Finding(id="bf16-verdicts", level=level, sentence=sentence, value=count / max(total, 1))
+
+
+def _ledger_path(folder: Path, blank: Blank) -> Path:
+    return folder / f"{blank.id}.verdicts.jsonl"
+
+
+def _about(blank: Blank) -> dict[str, Any]:
+    """For people who open a ledger."""
+    attack = "none" if blank.attack is None else f"{blank.attack.title} {blank.attack.eps_text}"
+    return {"model": blank.model.label, "set": blank.dataset.key, "attack": attack, "samples": blank.dataset.samples}

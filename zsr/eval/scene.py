@@ -1,0 +1,225 @@
+"""One model on one set: what becomes of a batch, clean or attacked. The only code that workers run.
+
+Shapes: B images, C channels (or classes, in logits), H x W pixels. Pixels are in [0, 1].
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zsr.attacks.base import Attack, AttackResult, input_gradients_only
+from zsr.attacks.checks import Facts
+from zsr.attacks.noise import sample_seeds
+from zsr.attacks.threat import ThreatModel
+from zsr.eval.images import Images
+from zsr.eval.ledger import Line
+from zsr.eval.target import Target
+from zsr.models import ImageTower
+
+
+@dataclass(frozen=True)
+class Request:
+    """A batch to do.
+
+    Attributes:
+        judges: who classifies, by name.
+        attack: what the images go through first; None for none.
+        last: whether no stage follows, so that what survives has survived all.
+        blind: samples whose gradient was all zero in an earlier stage.
+        right: samples that a judge has right without the attack, by its name.
+        keep: samples whose attacked images are wanted.
+        compare: samples that a bf16 model classifies in float32 too.
+    """
+
+    stage: int
+    ids: Sequence[int]
+    judges: Sequence[str]
+    attack: Attack[Any] | None = None
+    last: bool = True
+    blind: frozenset[int] = frozenset()
+    right: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    keep: frozenset[int] = frozenset()
+    compare: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A batch done: its line, and the images that were asked for, float32 ``[C, H, W]`` by sample."""
+
+    line: Line
+    kept: dict[int, np.ndarray] = field(default_factory=dict)
+
+
+class Scene:
+    """A target in front of a set's images.
+
+    Args:
+        class_names: of the judges' columns.
+        device: where the models are.
+        seed: of the attack's random numbers; with a sample's key it fixes them.
+        chance_level: whether the set is known as one where a constant answer scores like a robust model.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        target: Target,
+        class_names: Sequence[str],
+        *,
+        device: str | torch.device,
+        seed: int = 0,
+        chance_level: bool = False,
+    ) -> None:
+        self.images, self.target, self.class_names = images, target, list(class_names)
+        self.device, self.seed, self.chance_level = torch.device(device), seed, chance_level
+
+    def facts(self, attack: Attack[Any] | None, lines: Iterable[Line], judge: str) -> Facts:
+        """What these batches showed of a judge."""
+        threat = {} if attack is None else {"eps": attack.config.eps, "norm": attack.config.norm}
+        facts = Facts(self.class_names, chance_level=self.chance_level, **threat)
+        total = torch.zeros_like(facts.sums)
+        for line in lines:
+            for place, number in line.facts.get(judge, {}).items():
+                total[int(place)] += number
+        facts.add(total)
+        return facts
+
+    def do(self, request: Request) -> Answer:
+        """Classify a batch, after an attack if one is asked for. What a sample gives does not depend on the others.
+
+        Raises:
+            ValueError, OSError: a sample cannot be read.
+        """
+        began = time.perf_counter()
+        batch = self.images.batch(request.ids)
+        image_BCHW, label_B = batch.image.to(self.device).float() / 255, batch.label.to(self.device)
+        with self._still(), count_passes(self.target.towers) as passes:
+            found = None
+            judged_BCHW = image_BCHW
+            if request.attack is not None:
+                seeds = sample_seeds(batch.key, "eval", self.seed)
+                found = self.target.attack(request.attack, image_BCHW, label_B, seeds)
+                judged_BCHW = found.image_BCHW
+            logits = {name: self._judge(name, judged_BCHW, batch.key) for name in request.judges}
+            seconds, units = time.perf_counter() - began, passes[0]
+            fp32 = self._in_fp32(request, judged_BCHW, batch.key)
+        line = Line(
+            stage=request.stage,
+            ids=list(request.ids),
+            pred={name: logits_BC.argmax(-1).tolist() for name, logits_BC in logits.items()},
+            passes=units,
+            seconds=round(seconds, 4),
+            fp32=fp32,
+            facts=self._facts_of(request, found, image_BCHW, label_B, logits),
+            **({} if found is None or request.attack is None else _about(request.attack, found, image_BCHW)),
+        )
+        kept = {
+            sample: judged_BCHW[row].cpu().numpy() for row, sample in enumerate(request.ids) if sample in request.keep
+        }
+        return Answer(line, kept)
+
+    def _facts_of(
+        self,
+        request: Request,
+        found: AttackResult | None,
+        image_BCHW: Tensor,
+        label_B: Tensor,
+        logits: Mapping[str, Tensor],
+    ) -> dict[str, dict[str, int]]:
+        """What the cheap checks see, by judge. A sample's last stage counts, so that each sample counts once."""
+        seen = {}
+        for name, logits_BC in logits.items():
+            facts = self.facts(request.attack, (), name)
+            if found is None:
+                facts.see_clean(logits_BC, label_B)
+            else:
+                over = request.last or found.success_B is None
+                done_B = torch.full_like(found.zero_grad_B, over) if over else _given(found.success_B)
+                done_B = done_B & self._marks(request, request.right.get(name, ()))
+                blind_B = found.zero_grad_B | self._marks(request, request.blind)
+                facts.see_attacked(
+                    image_BCHW[done_B], found.image_BCHW[done_B], logits_BC[done_B], blind_B[done_B], label_B[done_B]
+                )
+            sums = facts.sums.tolist()
+            seen[name] = {str(place): int(sum_) for place, sum_ in enumerate(sums) if sum_}
+        return seen
+
+    def _marks(self, request: Request, samples: Collection[int]) -> Tensor:
+        """bool [B]: which of the batch are among these samples."""
+        return torch.tensor([sample in samples for sample in request.ids], dtype=torch.bool, device=self.device)
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """Eval mode, no gradients of weights, and the same random columns for every batch of a model that hides some."""
+        with ExitStack() as stack:
+            stack.enter_context(input_gradients_only(*self.target.towers))
+            for tower in self.target.towers:
+                stack.enter_context(tower.hiding_columns(self.seed))
+            yield
+
+    @torch.no_grad()
+    def _judge(self, name: str, image_BCHW: Tensor, keys: Sequence[str]) -> Tensor:
+        return self.target.judges[name](image_BCHW, keys)
+
+    def _in_fp32(self, request: Request, image_BCHW: Tensor, keys: Sequence[str]) -> dict[str, int]:
+        rows = [row for row, sample in enumerate(request.ids) if sample in request.compare]
+        if not rows:
+            return {}
+        towers = self.target.towers
+        before = [tower.precision for tower in towers]
+        try:
+            for tower in towers:
+                tower.precision = "fp32"
+            name = request.judges[0]
+            pred_B = self._judge(name, image_BCHW[rows], [keys[row] for row in rows]).argmax(-1)
+        finally:
+            for tower, precision in zip(towers, before, strict=True):
+                tower.precision = precision
+        return {str(request.ids[row]): int(pred) for row, pred in zip(rows, pred_B.tolist(), strict=True)}
+
+
+def _given(success_B: Tensor | None) -> Tensor:
+    assert success_B is not None
+    return success_B
+
+
+def _about(attack: Attack[Any], found: AttackResult, image_BCHW: Tensor) -> dict[str, Any]:
+    """Of an attack: whether it is done with each sample, whether it was blind there, and whether it kept to its ball."""
+    attacked_BCHW = found.image_BCHW
+    threat = ThreatModel(attack.config.norm, attack.config.eps)
+    beyond = [
+        (threat.size(attacked_BCHW.double() - image_BCHW.double()) - threat.eps).amax(),
+        -attacked_BCHW.amin(),
+        attacked_BCHW.amax() - 1,
+    ]
+    success_B = torch.zeros_like(found.zero_grad_B) if found.success_B is None else found.success_B
+    return {
+        "success": success_B.tolist(),
+        "zero_grad": found.zero_grad_B.tolist(),
+        "excess": float(f"{max(float(x) for x in beyond):.3g}"),
+    }
+
+
+@contextmanager
+def count_passes(towers: Sequence[ImageTower]) -> Iterator[list[int]]:
+    """Count the images that go through these towers, in a list of one number: once forward, once more for a gradient."""
+    passes = [0]
+
+    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        with_gradient = torch.is_grad_enabled() and args[0].requires_grad
+        passes[0] += len(args[0]) * (2 if with_gradient else 1)
+
+    hooks = [tower.register_forward_pre_hook(count) for tower in towers]
+    try:
+        yield passes
+    finally:
+        for hook in hooks:
+            hook.remove()
