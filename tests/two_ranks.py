@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -52,10 +53,12 @@ def main(config_file: str, folder: str, rank: str, world_size: str, stop_after_r
     class GlooSession(LocalSession):
         left = int(stop_after_reports)
 
-        def report(self, metrics: dict[str, float], checkpoint: Path | None) -> None:
+        def report(self, metrics: dict[str, float], checkpoint: Callable[[Path], None] | None) -> None:
             super().report(metrics, checkpoint)
-            dist.barrier()
             self.left -= 1
+            if self.left == 0:
+                self.close()
+            dist.barrier()
             if self.left == 0:
                 os._exit(0)  # as a machine that is taken away: no clean-up
 

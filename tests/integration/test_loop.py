@@ -30,7 +30,7 @@ class StopAfter(LocalSession):
         super().__init__(folder)
         self.left = reports
 
-    def report(self, metrics: dict[str, float], checkpoint: Path | None) -> None:
+    def report(self, metrics: dict[str, float], checkpoint: Any) -> None:
         super().report(metrics, checkpoint)
         self.left -= 1
         if self.left == 0:

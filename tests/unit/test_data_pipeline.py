@@ -145,8 +145,8 @@ def test_a_bad_sample_is_named(tmp_path, num_workers, parts, sentence):
 
 
 def test_impossible_batches_are_refused_at_the_call(shards):
-    with pytest.raises(ValueError, match="batch_size=8 cannot be shared equally by 3 workers"):
-        train_batches(shards, seed=0, global_batch=8, image_size=SIZE, world_size=3)
+    with pytest.raises(ValueError, match="batch_size=2 has not even one sample for each of 3 workers"):
+        train_batches(shards, seed=0, global_batch=2, image_size=SIZE, world_size=3)
     with pytest.raises(ValueError, match=r"larger than the set \(38 samples\)"):
         train_batches(shards, seed=0, global_batch=64, image_size=SIZE)
     with pytest.raises(ValueError, match="batch_size=0"):

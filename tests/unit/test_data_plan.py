@@ -153,10 +153,13 @@ def test_impossible_plans_are_refused(arguments, sentence):
         EpochPlan([4, 6], seed=0, epoch=0, **arguments)
 
 
-def test_unequal_shares_are_refused():
+def test_unequal_shares_differ_by_one_and_impossible_ones_are_refused():
     plan = EpochPlan([4, 6], seed=0, epoch=0, global_batch=4)
-    with pytest.raises(ValueError, match="batch_size=4 cannot be shared equally by 3 workers"):
-        plan.rank_ids(0, 0, 3)
+    parts = [plan.rank_ids(0, rank, 3) for rank in range(3)]
+    assert sorted(map(len, parts)) == [1, 1, 2]
+    assert np.concatenate(parts).tolist() == plan.step_ids(0).tolist()
+    with pytest.raises(ValueError, match="batch_size=4 has not even one sample for each of 5 workers"):
+        plan.rank_ids(0, 0, 5)
     with pytest.raises(ValueError, match="rank=2 does not exist"):
         plan.rank_ids(0, 2, 2)
     with pytest.raises(IndexError):

@@ -137,6 +137,11 @@ class LaunchConfig(Config):
     """What the run asks of the cluster; ``zsr train --local`` ignores it."""
 
     workers: Count = 1
+    """Processes that train together; with ``min_workers``, the most there may be."""
+    min_workers: CountOrNone = 0
+    """Go on with as few as this when nodes are lost, and grow again when they come back; 0 waits for all ``workers``."""
+    resize_every_s: Positive = 60
+    """With ``min_workers``: how often the cluster is looked at for room to grow; growing restarts from a checkpoint."""
     cpus_per_worker: Positive = 1
     gpus_per_worker: Weight = 0
     storage: str = ".zsr/runs"
@@ -161,6 +166,15 @@ class RunConfig(Config):
     eval: EvalConfig = Field(default_factory=EvalConfig)
     tracking: TrackingConfig = TrackingConfig()
     launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _fewest_are_not_more(self) -> RunConfig:
+        if self.launch.min_workers > self.launch.workers:
+            raise ValueError(
+                f"launch.min_workers={self.launch.min_workers} is more than launch.workers={self.launch.workers}, the "
+                "most there may be; lower one or raise the other"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> RunConfig:

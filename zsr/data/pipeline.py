@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from zsr.data.decode import decode, read_label
-from zsr.data.plan import BEGIN, EpochPlan, Last, Position, check_share, count_steps
+from zsr.data.plan import BEGIN, EpochPlan, Last, Position, count_steps, share_of
 from zsr.data.prefetch import Prefetch
 from zsr.data.shards import ShardSet
 from zsr.data.workers import fill_ahead
@@ -79,7 +79,7 @@ def train_batches(
     Args:
         shards: the set; stays usable by the caller.
         seed: of the run; with the epoch it fixes the order.
-        global_batch: samples in a step over all ranks; this rank's batches hold ``global_batch / world_size``.
+        global_batch: samples in a step over all ranks; this rank's batches hold its share, the same at every step.
         last: what becomes of an epoch's tail; see ``EpochPlan``.
         window: shards whose samples are mixed.
         image_size: side of the images, in pixels.
@@ -96,7 +96,7 @@ def train_batches(
         OSError: a shard cannot be fetched.
         RuntimeError: a worker died, or gives no answer.
     """
-    batch_size = check_share(global_batch, rank, world_size)
+    _, batch_size = share_of(global_batch, rank, world_size)
     prefetch = Prefetch(shards)
     want = prefetch.want if shards.storage.is_remote else None
 
@@ -133,7 +133,7 @@ def eval_batches(
     """
     if batch_size < 1:
         raise ValueError(f"eval.batch_size={batch_size} must be at least 1")
-    check_share(world_size, rank, world_size)
+    share_of(world_size, rank, world_size)  # there is such a rank
     ids = subset_ids(len(shards), num_samples)[rank::world_size]
     requests = [(None, ids[i : i + batch_size]) for i in range(0, len(ids), batch_size)]
     return _untagged(_read_ahead(shards, requests, batch_size, image_size, num_workers))

@@ -125,13 +125,13 @@ class EpochPlan:
         return self._slice(step, 0, self.global_batch)
 
     def rank_ids(self, step: int, rank: int, world_size: int) -> np.ndarray:
-        """int64 [global_batch / world_size]: one rank's contiguous part of a step.
+        """int64 [about global_batch / world_size]: one rank's contiguous part of a step.
 
         Raises:
-            ValueError: the global batch cannot be shared equally.
+            ValueError: there is no such rank, or there are more ranks than samples.
         """
-        share = check_share(self.global_batch, rank, world_size)
-        return self._slice(step, rank * share, share)
+        first, length = share_of(self.global_batch, rank, world_size)
+        return self._slice(step, first, length)
 
     @cached_property
     def _window_ends(self) -> np.ndarray:
@@ -152,17 +152,18 @@ class EpochPlan:
         return self.order[np.arange(first, first + length) % self.num_samples]
 
 
-def check_share(global_batch: int, rank: int, world_size: int) -> int:
-    """Samples per rank in a step.
+def share_of(global_batch: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Where a rank's part of a global batch begins, and how long it is; parts differ by one sample at most.
 
     Raises:
-        ValueError: the batch cannot be shared equally, or there is no such rank.
+        ValueError: there is no such rank, or there are more ranks than samples.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank} does not exist among world_size={world_size} ranks")
-    if global_batch % world_size:
+    if global_batch < world_size:
         raise ValueError(
-            f"train.batch_size={global_batch} cannot be shared equally by {world_size} workers; "
+            f"train.batch_size={global_batch} has not even one sample for each of {world_size} workers; "
             f"make it a multiple of {world_size}"
         )
-    return global_batch // world_size
+    first = rank * global_batch // world_size
+    return first, (rank + 1) * global_batch // world_size - first

@@ -3,6 +3,8 @@
 A folder with ``model.safetensors`` (what fine-tuning can change), ``optimizer.pt`` (optimizer state and torch's random
 stream) and ``state.json`` (step, position in the data, config, environment, checksums). ``state.json`` is written
 last, so a folder without it, or whose files do not match its checksums, is a torn checkpoint and is refused.
+
+Training waits for a :class:`Snapshot` only, a copy in memory; whoever carries the run writes it while training goes on.
 """
 
 from __future__ import annotations
@@ -34,37 +36,50 @@ class TrainState:
         step: optimizer steps done.
         position: in the data, after the last batch done.
         elapsed_s: seconds of training so far, over all attempts.
+        worker_s: the same, times the workers of the time.
         metrics: the last quick evaluation.
+        score: how good these very weights are, higher is better; None if nobody has measured them.
         run_id: of the tracker's record.
     """
 
     step: int = 0
     position: Position = field(default_factory=Position)
     elapsed_s: float = 0.0
+    worker_s: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    score: float | None = None
     run_id: str = ""
 
 
-def save_checkpoint(
-    folder: Path, model: RobustCLIP, optimizer: torch.optim.Optimizer, state: TrainState, config: RunConfig
-) -> Path:
-    """Write a checkpoint into ``folder``, which must be new or empty."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.trained_state().items()}
-    save_file(weights, folder / MODEL)
-    torch.save({"optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()}, folder / OPTIMIZER)
-    content = {
-        "format": _FORMAT,
-        **asdict(state),
-        "config": config.model_dump(mode="json"),
-        "config_digest": config.digest(),
-        "environment": environment(),
-        "sha256": {name: _sha256(folder / name) for name in (MODEL, OPTIMIZER)},
-    }
-    unfinished = folder / f".{STATE}.part"
-    unfinished.write_text(json.dumps(content, indent=1))
-    unfinished.replace(folder / STATE)
-    return folder
+class Snapshot:
+    """A run at one moment, copied into main memory: what happens to model and optimizer afterwards does not change it."""
+
+    def __init__(
+        self, model: RobustCLIP, optimizer: torch.optim.Optimizer, state: TrainState, config: RunConfig
+    ) -> None:
+        self._weights = {name: _copied(value.contiguous()) for name, value in model.trained_state().items()}
+        self._optimizer = {"optimizer": _copied(optimizer.state_dict()), "torch_rng": torch.get_rng_state()}
+        self._content = {
+            "format": _FORMAT,
+            **asdict(state),
+            "config": config.model_dump(mode="json"),
+            "config_digest": config.digest(),
+            "environment": environment(),
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write the checkpoint into ``folder``, which must be new or empty. Any thread may do it.
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self._weights, folder / MODEL)
+        torch.save(self._optimizer, folder / OPTIMIZER)
+        content = {**self._content, "sha256": {name: _sha256(folder / name) for name in (MODEL, OPTIMIZER)}}
+        unfinished = folder / f".{STATE}.part"
+        unfinished.write_text(json.dumps(content, indent=1))
+        unfinished.replace(folder / STATE)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -112,7 +127,9 @@ def load_checkpoint(folder: Path, model: RobustCLIP, optimizer: torch.optim.Opti
         step=content["step"],
         position=Position(**content["position"]),
         elapsed_s=content["elapsed_s"],
+        worker_s=content.get("worker_s", content["elapsed_s"]),
         metrics=content["metrics"],
+        score=content.get("score"),
         run_id=content["run_id"],
     )
 
@@ -137,6 +154,15 @@ def environment() -> dict[str, str]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def _copied(value: Any) -> Any:
+    """A copy in main memory of tensors in any nest of dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in value.items()}
+    return [_copied(part) for part in value] if isinstance(value, list) else value
 
 
 def _sha256(file: Path) -> str:

@@ -19,18 +19,22 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace each gradient by its mean over ranks; with equal batches that is the gradient of the joined batch.
+def average_gradients(parameters: Sequence[nn.Parameter], share: float | None = None) -> None:
+    """Replace each gradient by its weighted mean over ranks, which is the gradient of the joined batch.
 
     A parameter that has no gradient here counts as zero, so that every rank sends the same buckets.
+
+    Args:
+        parameters: the same on every rank.
+        share: this rank's part of the global batch, 0 to 1; an equal part when None.
     """
     if not is_distributed():
         return
-    buckets = [_flatten(bucket) for bucket in _buckets(parameters)]
+    weight = 1 / dist.get_world_size() if share is None else share
+    buckets = [_flatten(bucket).mul_(weight) for bucket in _buckets(parameters)]
     pending = [dist.all_reduce(flat, async_op=True) for flat in buckets]
     for bucket, flat, work in zip(_buckets(parameters), buckets, pending, strict=True):
         work.wait()
-        flat /= dist.get_world_size()
         for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             parameter.grad = part.view_as(parameter)
 

@@ -6,9 +6,9 @@ it. The same loop runs under ``zsr train --local``, in a test and on a cluster.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import shutil
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from zsr.config.schema import ATTACKS, RunConfig
 from zsr.data.pipeline import Batch, num_steps_per_epoch, train_batches
 from zsr.data.plan import Position
 from zsr.data.shards import ShardSet
-from zsr.engine.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from zsr.engine.checkpoint import Snapshot, TrainState, load_checkpoint
 from zsr.engine.distributed import average_gradients, same_on_all_ranks
 from zsr.engine.meters import Meters
 from zsr.engine.optim import learning_rate, make_optimizer, set_learning_rate
@@ -57,9 +57,14 @@ def train(config: RunConfig, session: Session, tracker: Tracker | None = None) -
     Raises:
         ValueError: settings that the data or the model contradict; a checkpoint of another run.
         Diverged: the loss became infinite or not a number.
-        OSError: a shard cannot be fetched.
+        OSError: a shard cannot be fetched, or a checkpoint not be written.
     """
-    return Trainer(config, session, tracker).run()
+    try:
+        return Trainer(config, session, tracker).run()
+    except BaseException:
+        with contextlib.suppress(Exception):  # of two errors the first says what happened
+            session.close()
+        raise
 
 
 class Trainer:
@@ -104,7 +109,8 @@ class Trainer:
         if checkpoint is not None:
             self.state = load_checkpoint(checkpoint, self.model, self.optimizer, config)
         same_on_all_ranks(self.step_fn.parameters)
-        self._started_at = time.monotonic() - self.state.elapsed_s
+        self._began, self._elapsed_before_s = time.monotonic(), self.state.elapsed_s
+        self._worker_before_s = self.state.worker_s
         self._say(
             f"start step={self.state.step}/{self.total_steps} objective={config.objective.name} "
             f"cost_units={self.step_fn.objective.cost_units(getattr(config.attack, 'steps', 0))} "
@@ -124,7 +130,7 @@ class Trainer:
 
             self._step(batch)
             self.state.step += 1
-            self.state.position = position
+            self.state.position, self.state.score = position, None
             self._window_steps += 1
 
             due = self._due(self.config.train.eval_every)
@@ -139,6 +145,7 @@ class Trainer:
             if save_due:
                 self._report()
         batches.close()
+        self.session.close()
         return TrainResult(dict(self.state.metrics), self.state.step, self.state.elapsed_s)
 
     def _step(self, batch: Batch) -> None:
@@ -154,11 +161,11 @@ class Trainer:
 
         self.optimizer.zero_grad(set_to_none=True)  # after the attack: no gradient of it may reach the weights
         output.loss.total.backward()
-        average_gradients(self.step_fn.parameters)
+        average_gradients(self.step_fn.parameters, len(batch) / config.train.batch_size)
         if config.optim.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.step_fn.parameters, config.optim.grad_clip)
         self.optimizer.step()
-        self.meters.add(output.scalars)
+        self.meters.add(output.scalars, len(batch))
 
     def _batches(self) -> Generator[tuple[Position, Batch], None, None]:
         yield from train_batches(
@@ -182,8 +189,7 @@ class Trainer:
     def _log(self) -> None:
         """Read the meters (the only place where the host waits for the device) and record the window since last time."""
         means = self.meters.read()
-        now = time.monotonic()
-        self.state.elapsed_s = now - self._started_at
+        now = self._clock()
         if not means:
             return
         if not math.isfinite(means["train/loss"]):
@@ -199,7 +205,7 @@ class Trainer:
             "train/lr": self.optimizer.param_groups[0]["lr"],
             "perf/images_per_s": self._window_steps * self.config.train.batch_size / seconds,
             "data/wait_frac": self._wait_s / seconds,
-            "cost/worker_hours": self.state.elapsed_s * self.session.world_size / 3600,
+            "cost/worker_hours": self.state.worker_s / 3600,
         }
         if self.device.type == "cuda":
             metrics["cost/gpu_hours"] = metrics["cost/worker_hours"]
@@ -236,6 +242,7 @@ class Trainer:
             "val/zero_grad_frac": result.zero_grad_frac,
             **metrics_of(result.findings),
         }
+        self.state.score = result.robust_acc
         if self.tracker is not None:
             self.tracker.log_metrics(self.state.metrics, self.state.step)
         doubts = ",".join(f"{found.id}:{found.level}" for found in result.findings if found.level in ("warn", "fail"))
@@ -246,16 +253,13 @@ class Trainer:
         self._window_start += time.monotonic() - began  # throughput is that of training
 
     def _report(self) -> None:
-        """Hand metrics and a checkpoint to the session; every rank takes part, rank 0 writes."""
-        began = time.monotonic()
-        self.state.elapsed_s = began - self._started_at
-        folder = None
+        """Hand metrics and a checkpoint to the session; every rank takes part, rank 0's is written."""
+        began = self._clock()
+        write = None
         if self.session.rank == 0:
-            folder = self.session.folder / "unfinished-checkpoint"
-            shutil.rmtree(folder, ignore_errors=True)
-            save_checkpoint(folder, self.model, self.optimizer, self.state, self.config)
+            write = Snapshot(self.model, self.optimizer, self.state, self.config).write
         epoch = self.state.position.epoch + self.state.position.step / self.steps_per_epoch
-        cost = self.state.elapsed_s * self.session.world_size / 3600
+        cost = self.state.worker_s / 3600
         metrics = {
             **self.state.metrics,
             "step": float(self.state.step),
@@ -263,8 +267,15 @@ class Trainer:
             "cost/worker_hours": cost,
             "cost/gpu_hours": cost if self.device.type == "cuda" else 0.0,
         }
-        self.session.report(metrics, folder)
+        self.session.report(metrics, write)
         self._window_start += time.monotonic() - began
+
+    def _clock(self) -> float:
+        """The time, after noting in the state how long the run has taken so far, over all attempts."""
+        now = time.monotonic()
+        self.state.elapsed_s = self._elapsed_before_s + now - self._began
+        self.state.worker_s = self._worker_before_s + (now - self._began) * self.session.world_size
+        return now
 
     def _templates(self, shards: ShardSet) -> list[str]:
         template = self.config.data.template

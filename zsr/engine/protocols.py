@@ -6,7 +6,7 @@ to Ray Train; a test may hand it a few lines of its own. This module imports nei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -33,12 +33,17 @@ class Session(Protocol):
         """Folder of the checkpoint to continue from, the same content on every rank; ``None`` for a fresh start."""
         ...
 
-    def report(self, metrics: dict[str, float], checkpoint: Path | None) -> None:
-        """Hand over metrics and, from rank 0 alone, a checkpoint folder, which is copied or moved before this returns.
+    def report(self, metrics: dict[str, float], checkpoint: Callable[[Path], None] | None) -> None:
+        """Hand over metrics, ``step`` among them, and from rank 0 alone a checkpoint, as what writes it into a folder.
 
-        A barrier: every rank must call it equally often. It may take seconds, so call it at evaluations and checkpoints,
-        never at each step.
+        It is written in another thread while training goes on, one at a time: a report waits for the checkpoint before,
+        and raises what went wrong there. A barrier: every rank must call it equally often. It may take seconds, so call
+        it at evaluations and checkpoints, never at each step.
         """
+        ...
+
+    def close(self) -> None:
+        """Wait until the last checkpoint is where it belongs; raises what went wrong on the way."""
         ...
 
     def preempted(self) -> bool:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
-import shutil
+from functools import partial
 from pathlib import Path
 
-from zsr.engine.checkpoint import read_state
-
-_NAME = re.compile(r"step-(\d+)")
+from zsr.engine.background import Background
+from zsr.engine.shelf import Shelf, Write
 
 
 class LocalSession:
-    """Keeps the last ``keep`` checkpoints of a run under ``folder/checkpoints/step-00000123``.
+    """Keeps the last ``keep`` checkpoints of a run, and the best, under ``folder/checkpoints/step-00000123``.
 
     Args:
         folder: of the run; made if missing.
-        keep: how many checkpoints stay.
+        keep: how many checkpoints stay, beside the best.
         resume: continue from the newest sound checkpoint there; otherwise the folder must not hold any.
 
     Raises:
@@ -29,34 +27,24 @@ class LocalSession:
 
     def __init__(self, folder: Path, keep: int = 2, resume: bool = True) -> None:
         self.folder = folder
-        self.keep = keep
-        self.checkpoints = folder / "checkpoints"
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.shelf = Shelf(folder / "checkpoints", keep)
+        self._background = Background()
         if not resume and self.saved():
             raise FileExistsError(f"{folder} holds a run already; resume it, or give another output folder")
 
     def saved(self) -> list[Path]:
         """Checkpoints by age, oldest first."""
-        return sorted(path for path in self.checkpoints.iterdir() if _NAME.fullmatch(path.name))
+        return self.shelf.saved()
 
     def resume_from(self) -> Path | None:
-        for folder in reversed(self.saved()):
-            try:
-                read_state(folder)
-            except ValueError:
-                continue  # torn by a crash while it was written: the one before it counts
-            return folder
-        return None
+        return self.shelf.newest_sound()
 
-    def report(self, metrics: dict[str, float], checkpoint: Path | None) -> None:
-        if checkpoint is None:
-            return
-        target = self.checkpoints / f"step-{int(metrics['step']):08d}"
-        if target.exists():
-            shutil.rmtree(target)
-        shutil.move(checkpoint, target)
-        for old in self.saved()[: -self.keep]:
-            shutil.rmtree(old)
+    def report(self, metrics: dict[str, float], checkpoint: Write | None) -> None:
+        if checkpoint is not None:
+            self._background.submit(partial(self.shelf.put, int(metrics["step"]), checkpoint))
+
+    def close(self) -> None:
+        self._background.wait()
 
     def preempted(self) -> bool:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -64,6 +65,12 @@ class Store:
             filesystem, remote = self._filesystem(*parts)
             with filesystem.open_output_stream(remote) as file:
                 file.write(text)
+
+    def remove(self, *parts: str) -> None:
+        """Remove a file if it is there."""
+        filesystem, path = self._filesystem(*parts)
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.delete_file(path)
 
     def names(self, *parts: str) -> list[str]:
         """What lies directly in a folder, sorted; empty if there is no such folder."""

@@ -2,22 +2,28 @@
 
 A run is known by its name. Starting a name again continues it from its last checkpoint (and ends at once if it had
 finished), so a name must stand for one configuration: ``run_name`` puts the configuration's digest into it.
+
+With ``launch.min_workers`` the number of workers follows the cluster. The global batch, the learning rate and the order
+of samples do not depend on it (zsr/data/plan.py), so a run goes on with exactly the samples that remain.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import ControllerError, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from zsr.config import RunConfig
+from zsr.config.schema import LaunchConfig
 from zsr.engine.protocols import Session, Tracker
+from zsr.launch.remote_shelf import patiently
 from zsr.launch.session import RaySession
 from zsr.launch.store import Store
 from zsr.tracking import RunTracker, make_tracker
@@ -28,6 +34,8 @@ Loop = Callable[[RunConfig, Session, Tracker], Any]
 
 COLLECTIVE_TIMEOUT_S = 600
 """How long a rank waits in a collective for one that vanished without a word; torch's own default is half an hour."""
+
+RAY_NOTES = "checkpoint_manager_snapshot.json"
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,7 @@ def run_ray(
     Raises:
         RunEndedError: it diverged, or the data contradict its settings.
         ray.train.TrainingFailedError: it failed more than ``launch.max_failures`` times.
+        OSError: the storage did not answer for minutes.
     """
     launch = config.launch
     name = name or run_name(config)
@@ -129,28 +138,68 @@ def run_ray(
         swept=dict(swept or {}),
         tags=dict(tags or {}),
     )
-    resources = {"CPU": launch.cpus_per_worker}
-    if launch.gpus_per_worker:
-        resources["GPU"] = launch.gpus_per_worker
-    trainer = TorchTrainer(
-        run_worker,
-        train_loop_config={"task": asdict(task), "storage": store.root, "loop": loop},
-        scaling_config=ScalingConfig(
-            num_workers=launch.workers, use_gpu=launch.gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        torch_config=TorchConfig(backend="nccl" if launch.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=store.root,
-            failure_config=FailureConfig(max_failures=launch.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
-            callbacks=list(callbacks),
-        ),
-    )
-    result = trainer.fit()
+
+    def fit() -> ray.train.Result:
+        # The run's folder says which checkpoints there are. Ray's own list of them may be torn, or behind.
+        patiently(lambda: store.remove(name, RAY_NOTES))
+        return TorchTrainer(
+            run_worker,
+            train_loop_config={"task": asdict(task), "storage": store.root, "loop": loop},
+            scaling_config=scaling(launch),
+            torch_config=TorchConfig(
+                backend="nccl" if launch.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
+            ),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=store.root,
+                failure_config=FailureConfig(max_failures=launch.max_failures),
+                callbacks=list(callbacks),
+            ),
+        ).fit()
+
+    result = again_after_controller_errors(fit, launch.max_failures)
     if result.return_value.error:
         raise RunEndedError(result.return_value)
     return result
+
+
+def scaling(launch: LaunchConfig) -> ScalingConfig:
+    """How many workers of which size."""
+    resources = {"CPU": launch.cpus_per_worker}
+    if launch.gpus_per_worker:
+        resources["GPU"] = launch.gpus_per_worker
+    elastic = 0 < launch.min_workers < launch.workers
+    return ScalingConfig(
+        num_workers=(launch.min_workers, launch.workers) if elastic else launch.workers,
+        use_gpu=launch.gpus_per_worker > 0,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=launch.resize_every_s,
+    )
+
+
+def again_after_controller_errors(fit: Callable[[], ray.train.Result], attempts: int) -> ray.train.Result:
+    """Call ``fit`` until it gives a result.
+
+    Ray tries again when workers fail. It does not when its controller does: a node lost while processes find each other,
+    a storage that is away at the moment when it writes its notes.
+    """
+    for attempt in range(attempts):
+        try:
+            return fit()
+        except (ControllerError, OSError) as error:
+            pause = min(2.0**attempt, 30.0)
+            print(
+                f"run=interrupted again_in={pause:g}s attempt={attempt + 1}/{attempts} problem={short(error)!r}",
+                flush=True,
+            )
+            time.sleep(pause)
+    return fit()
+
+
+def short(error: BaseException) -> str:
+    """The last line of an error, which says what happened; Ray's messages are whole traceback pages."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
 
 
 def run_worker(arguments: dict[str, Any]) -> RunOutcome:
@@ -158,7 +207,7 @@ def run_worker(arguments: dict[str, Any]) -> RunOutcome:
     task = RunTask(**arguments["task"])
     store = Store(arguments["storage"])
     config = RunConfig.model_validate(task.config)
-    session = RaySession(store.at(task.name))
+    session = RaySession(store.child(task.name), config.train.keep_checkpoints)
     loop = arguments["loop"] or engine_loop()
     if session.rank == 0:
         logging.getLogger("zsr").setLevel(logging.INFO)
