@@ -149,7 +149,11 @@ class LaunchConfig(Config):
     max_failures: CountOrNone = 2
     """Worker failures survived from the last checkpoint; preemptions are not counted."""
     gpu_hour_price: Weight = 0.0
-    """Price of one GPU-hour (CPU-hour without GPUs), for the cost columns."""
+    """Price of one GPU-hour (CPU-hour without GPUs), for the cost columns and --max-cost; 0 looks up ``machine``."""
+    machine: str | None = None
+    """Entry of the table of prices (zsr/launch/prices.yaml), such as ``aws/g6.12xlarge/spot``."""
+    prices: str | None = None
+    """YAML file whose entries are laid over that table."""
 
 
 class RunConfig(Config):

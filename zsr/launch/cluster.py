@@ -5,7 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from zsr.config import ConfigError
+from zsr.launch.capacity import LIMITS_VARIABLE, Capacity, Node, NodeType, read_limits
+
+LAUNCHED_HEAD_FILE = "~/ray_bootstrap_config.yaml"
+"""Where ``ray up`` lays the autoscaler's configuration on a head."""
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -20,19 +28,6 @@ QUIET = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """CPUs and GPUs of the cluster as it is now."""
-
-    cpus: float
-    gpus: float
-
-    def trials(self, cpus_per_trial: float, gpus_per_trial: float) -> int:
-        """How many trials fit at once."""
-        fit = int(self.cpus // cpus_per_trial)
-        return min(fit, int(self.gpus // gpus_per_trial)) if gpus_per_trial else fit
 
 
 def quiet_environment() -> None:
@@ -68,5 +63,41 @@ def attach(worker_output: bool = True) -> Capacity:
             "the Ray cluster has no dashboard, without which stopped trials keep their places: install ray[default] "
             "on the head and start it with --include-dashboard=true"
         )
-    found = ray.cluster_resources()
-    return Capacity(found.get("CPU", 0.0), found.get("GPU", 0.0))
+    return current_capacity()
+
+
+def current_capacity() -> Capacity:
+    """The nodes of the joined cluster, and what its autoscaler may add as far as that is known here.
+
+    Ray's autoscaler tells nobody its limits. They are read where it reads them: in the file that ``ray up`` lays into the
+    head's home, where a job's driver runs too, or in what ``ZSR_NODE_TYPES`` names.
+
+    Raises:
+        ConfigError: ``ZSR_NODE_TYPES`` cannot be read.
+    """
+    import ray
+
+    nodes = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            nodes.append(Node(has.get("CPU", 0.0), has.get("GPU", 0.0), "node:__internal_head__" in has))
+    return Capacity(tuple(nodes), *find_limits())
+
+
+def find_limits() -> tuple[tuple[NodeType, ...], int | None]:
+    """The autoscaler's limits: node types and the bound on all; none if nobody says them.
+
+    Raises:
+        ConfigError: ``ZSR_NODE_TYPES`` is neither a readable file nor a mapping of node types.
+    """
+    said = os.environ.get(LIMITS_VARIABLE, "")
+    if said.lstrip().startswith("{"):
+        return read_limits({"available_node_types": yaml.safe_load(said)})
+    path = Path(said or LAUNCHED_HEAD_FILE).expanduser()
+    if not said and not path.exists():
+        return (), None
+    try:
+        return read_limits(yaml.safe_load(path.read_text()))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{LIMITS_VARIABLE}={said}: {error}; name the autoscaler's configuration file") from None

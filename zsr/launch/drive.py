@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zsr.config import ConfigError
-from zsr.launch.cluster import Capacity, attach, quiet_environment
+from zsr.launch.capacity import Demand, settle_concurrency
+from zsr.launch.cluster import attach, quiet_environment
+from zsr.launch.cost import cost_meter
 from zsr.launch.plan import Plan, duration
 from zsr.launch.store import Store
 from zsr.launch.trials import TrialBook
@@ -36,7 +37,8 @@ TRIAL_PROCESS_BYTES = 1_000_000
 def drive(sweep: Sweep, plan: Plan, store: Store, sweep_id: str, asked: Mapping[str, Any], resume: bool) -> int:
     """Run all trials and publish the outcome; return the exit code."""
     print(f"stage=connect sweep={sweep_id} note='joining the Ray cluster'", flush=True)
-    concurrent = settle_concurrency(plan, attach(worker_output=False))
+    demand, capacity = Demand.of(plan.config.launch), attach(worker_output=False)
+    concurrent = settle_concurrency(demand, capacity, plan.num_trials, plan.max_concurrent)
     trial_plan = TrialPlan(sweep_id, plan.tree, plan.metrics, store.root, sweep.loop)
     study_storage = open_study_storage(store)
     store.write_json({"id": sweep_id, "name": plan.name, "asked": dict(asked)}, "sweep.json")
@@ -50,7 +52,8 @@ def drive(sweep: Sweep, plan: Plan, store: Store, sweep_id: str, asked: Mapping[
     print(f"stage={verb} trials={plan.num_trials} at_once={concurrent}{about} storage={store.root}", flush=True)
     status = "KILLED"
     try:
-        run_trials(sweep, plan, trial_plan, store, study_storage, concurrent)
+        with cost_meter(tracker, TrialBook(store), plan.rate):
+            run_trials(sweep, plan, trial_plan, store, study_storage, concurrent)
         status = "FINISHED"
         print("stage=publish note='table, charts, best model; about 20s'", flush=True)
         study = close_study(study_storage, sweep_id)
@@ -82,7 +85,15 @@ def run_trials(
             return
         book = TrialBook(store)
         search = SweepSearch(
-            sweep.space, plan.config, plan.metrics, storage, trial_plan.sweep_id, plan.seed, book, sweep.first
+            sweep.space,
+            plan.config,
+            plan.metrics,
+            storage,
+            trial_plan.sweep_id,
+            plan.seed,
+            book,
+            sweep.first,
+            plan.budget,
         )
         tune.Tuner(
             trainable,
@@ -100,27 +111,6 @@ def run_trials(
                 failure_config=tune.FailureConfig(max_failures=1),
             ),
         ).fit()
-
-
-def settle_concurrency(plan: Plan, capacity: Capacity) -> int:
-    """Trials at once: what fits, at most what was asked for.
-
-    Raises:
-        ConfigError: not even one fits, and nobody said that the cluster will grow.
-    """
-    fit = capacity.trials(plan.cpus_per_trial, plan.gpus_per_trial)
-    wanted = min(plan.max_concurrent or plan.num_trials, plan.num_trials)
-    if fit >= 1:
-        return min(fit, wanted)
-    need = f"{plan.cpus_per_trial:g} CPUs and {plan.gpus_per_trial:g} GPUs"
-    has = f"{capacity.cpus:g} and {capacity.gpus:g}"
-    if plan.max_concurrent is None:
-        raise ConfigError(
-            f"launch.workers={plan.config.launch.workers}: one trial needs {need}, and the cluster has {has}; lower "
-            "--workers-per-trial, or give --max-concurrent if the cluster grows on demand"
-        )
-    print(f"stage=wait note='a trial needs {need}; the cluster has {has} and is expected to grow'", flush=True)
-    return wanted
 
 
 def finish(results: Results, plan: Plan, trial_plan: TrialPlan, store: Store, study: optuna.Study, tracker: Any) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zsr.config import RunConfig
+from zsr.launch.cost import Budget, Rate
 from zsr.launch.space import Point
 
 TRIAL_START_S = 25.0
@@ -30,6 +31,7 @@ class Plan:
         step_s: seconds a step takes, evaluation included, if known.
         seed: of the search.
         test_sets: on which the best trial is compared with the untouched model at the end.
+        max_cost: dollars after which no new trial starts; 0 for no limit.
     """
 
     name: str
@@ -43,6 +45,15 @@ class Plan:
     step_s: float | None
     seed: int
     test_sets: tuple[str, ...] = ()
+    max_cost: float = 0.0
+
+    @property
+    def rate(self) -> Rate:
+        return Rate.of(self.config.launch)
+
+    @property
+    def budget(self) -> Budget | None:
+        return Budget(self.max_cost, self.rate, self.trial_s) if self.max_cost else None
 
     @property
     def multi_objective(self) -> bool:
@@ -83,15 +94,17 @@ class Plan:
             lines.append("plan time=unknown note='the first trial will tell; a trial takes about 25 s to start'")
             return lines
         total_s = self.sweep_s(at_once) or 0.0
-        hours = self.num_trials * self.trial_s / 3600
-        unit, amount = (
-            ("gpu", hours * self.gpus_per_trial) if self.gpus_per_trial else ("cpu", hours * self.cpus_per_trial)
-        )
-        price = f" cost={amount * launch.gpu_hour_price:.2f}" if launch.gpu_hour_price else ""
+        rate, seconds = self.rate, self.num_trials * self.trial_s
+        price = f" cost={rate.cost(seconds):.2f}" if rate.usd else ""
         lines.append(
             f"plan time_per_trial={duration(self.trial_s)} time={duration(total_s)} (at {at_once} at once) "
-            f"{unit}_hours={amount:.3g}{price}"
+            f"{rate.unit}_hours={rate.hours(seconds):.3g}{price}"
         )
+        if self.max_cost and rate.cost(seconds) > self.max_cost:
+            affordable = int(self.max_cost // rate.cost(self.trial_s))
+            lines.append(
+                f"plan max_cost={self.max_cost:g} note='enough for about {affordable} of {self.num_trials} trials'"
+            )
         return lines
 
 

@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray import tune
+from ray.util import placement_group_table
 
+from zsr.launch.capacity import Demand
+from zsr.launch.cluster import current_capacity
 from zsr.launch.guard import find_flags
 from zsr.launch.plan import TRIAL_START_S, Plan, duration
 from zsr.launch.trials import Stopwatch, TrialBook, TrialRecord, TrialState
@@ -36,6 +39,7 @@ class Progress(tune.Callback):
         self._metrics = [name for name, _ in plan.metrics]
         self._num_trials, self._steps, self._concurrent = plan.num_trials, plan.steps, concurrent
         self._expected_s = plan.trial_s
+        self._demand = Demand.of(plan.config.launch)
         self._begin()
 
     def _begin(self) -> None:
@@ -99,9 +103,19 @@ class Progress(tune.Callback):
         waiting = " ".join(
             f"trial={self._number(trials, name)} for={duration(now - since)}" for name, since in self._running.items()
         )
-        silent = now - self._heard > SILENT_S
-        note = " note='no report for long: workers may wait for a place, see `ray status`'" if silent else ""
+        note = self._lack_of_nodes()
+        if not note and now - self._heard > SILENT_S:
+            note = " note='no report for long; `ray status` and the dashboard show what the workers do'"
         self._say(f"running {waiting} {self._totals()}{note}")
+
+    def _lack_of_nodes(self) -> str:
+        """A sentence if workers have no place yet: Ray lets them wait for nodes without a word."""
+        groups = placement_group_table().values()
+        num = sum(group["state"] == "PENDING" and len(group["bundles"]) == self._demand.workers for group in groups)
+        if not num:
+            return ""
+        there = current_capacity().describe()
+        return f" waiting={num} note='{num} trials wait for nodes, each for {self._demand}; there are {there}'"
 
     def _end(self, trial: Any, record: TrialRecord, state: TrialState) -> None:
         record.state = state

@@ -12,6 +12,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from zsr.config import RunConfig
+from zsr.launch.cost import Budget
 from zsr.launch.space import Point, Space
 from zsr.launch.trials import TrialBook
 
@@ -28,6 +29,7 @@ class SweepSearch(OptunaSearch):
         seed: of the sampler.
         book: where trials are written down.
         first: points to try before the sampler chooses, by the names that the space gives its suggestions.
+        budget: what the sweep may cost; without one it runs all its trials.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class SweepSearch(OptunaSearch):
         seed: int,
         book: TrialBook,
         first: Sequence[Mapping[str, Any]] = (),
+        budget: Budget | None = None,
     ) -> None:
-        self._book = book
+        self._book, self._budget = book, budget
         names, modes = [name for name, _ in metrics], [mode for _, mode in metrics]
         single = len(metrics) == 1
         super().__init__(
@@ -54,7 +57,11 @@ class SweepSearch(OptunaSearch):
             points_to_evaluate=[dict(point) for point in first] or None,
         )
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        refusal = self._budget.refusal(self._book.all()) if self._budget else None
+        if refusal:
+            print(f"stage=budget note='{refusal}'", flush=True)
+            return str(self.FINISHED)
         suggestion = super().suggest(trial_id)
         number = self._ot_trials[trial_id].number
         point = suggestion["point"]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zsr.config import ConfigError, apply_overrides, load_tree, validate
+from zsr.launch.cost import priced
 from zsr.launch.plan import Plan, count_trial_steps
 from zsr.launch.space import Space, check_space
 from zsr.launch.store import Store
@@ -76,6 +77,7 @@ class Sweep:
         first: points to try first, by the names of the space's suggestions: what is known to be good.
         variants: by preset.
         loop: what a worker runs, by default zsr's training loop.
+        max_cost: dollars after which no new trial starts, unless ``--max-cost`` says otherwise; 0 for no limit.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Sweep:
     first: Sequence[Mapping[str, Any]] = ()
     variants: Mapping[str, Variant] = field(default_factory=dict)
     loop: Any = None
+    max_cost: float = 0.0
 
 
 def main(sweep: Sweep, argv: Sequence[str] | None = None) -> int:
@@ -102,7 +105,7 @@ def main(sweep: Sweep, argv: Sequence[str] | None = None) -> int:
     try:
         store, earlier = find_earlier(sweep, asked) if asked.resume else (None, None)
         if earlier is not None:
-            asked = argparse.Namespace(**{**earlier["asked"], "resume": True, "dry_run": asked.dry_run})
+            asked = argparse.Namespace(**{**vars(asked), **earlier["asked"], "resume": True, "dry_run": asked.dry_run})
         plan = make_plan(sweep, asked)
         for line in plan.lines():
             print(line, flush=True)
@@ -144,6 +147,7 @@ def parse_arguments(sweep: Sweep, argv: Sequence[str] | None) -> argparse.Namesp
         action="store_false",
         help="search the last metric alone, with ASHA",
     )
+    add("--max-cost", type=_dollars, help="dollars after which no new trial starts; needs the price of an hour")
     add("--seed", type=int, default=0, help="of the search (default: %(default)s)")
     add("--name", default=sweep.name, help="of the sweep (default: %(default)s)")
     add("--resume", action="store_true", help="go on with the newest sweep of this name; finished trials stay finished")
@@ -171,6 +175,14 @@ def make_plan(sweep: Sweep, asked: argparse.Namespace) -> Plan:
         # An experiment of its own: MLflow's charts then show this search's trials side by side, and nothing else.
         tree = apply_overrides(tree, [f"tracking.experiment={asked.name}"])
         config = validate(tree)
+    config = priced(config)
+    tree = apply_overrides(tree, [f"launch.gpu_hour_price={config.launch.gpu_hour_price}"])
+    max_cost = sweep.max_cost if asked.max_cost is None else asked.max_cost
+    if max_cost and not config.launch.gpu_hour_price:
+        raise ConfigError(
+            f"--max-cost={max_cost:g}: nobody says what an hour costs; set launch.gpu_hour_price, or launch.machine to an "
+            "entry of the table of prices"
+        )
     multi = next(m for m in (asked.multi_objective, variant.multi_objective, sweep.multi_objective) if m is not None)
     return Plan(
         name=asked.name,
@@ -184,6 +196,7 @@ def make_plan(sweep: Sweep, asked: argparse.Namespace) -> Plan:
         step_s=variant.step_s,
         seed=asked.seed,
         test_sets=variant.test_sets,
+        max_cost=max_cost,
     )
 
 
@@ -208,6 +221,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"should be at least 1, not {text}")
     return number
+
+
+def _dollars(text: str) -> float:
+    amount = float(text)
+    if amount <= 0:
+        raise argparse.ArgumentTypeError(f"should be above 0, not {text}")
+    return amount
 
 
 @contextlib.contextmanager
