@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,6 +77,41 @@ def read_attacks(
     return attacks
 
 
+@dataclass(frozen=True)
+class Craft:
+    """Which texts an attack sees in place of those that judge.
+
+    Attributes:
+        template: a prompt; None for the set's own.
+        superclasses: whether it aims at the set's superclasses.
+    """
+
+    template: str | None
+    superclasses: bool
+
+    @property
+    def words(self) -> str:
+        """For a card."""
+        prompt = "" if self.template is None else f"the prompt {self.template!r}"
+        return " and ".join([*(["superclasses"] if self.superclasses else []), *([prompt] if prompt else [])])
+
+
+def read_craft(template: str | None, superclasses: bool, names: Sequence[str]) -> Craft | None:
+    """What the crafting options ask for; None without them.
+
+    Raises:
+        ValueError: a prompt without a place for the class name, or an attack that cannot see other texts.
+    """
+    if template is None and not superclasses:
+        return None
+    if template is not None and "{}" not in template:
+        raise ValueError(f"--craft-template {template!r}: needs {{}} where the class name goes")
+    if not names or "adaptive" in names:
+        option = "--craft-template" if template is not None else "--craft-superclasses"
+        raise ValueError(f"{option}: needs an attack on a bare model, such as --attack pgd")
+    return Craft(template, superclasses)
+
+
 def _own(settings: Sequence[str], name: str, others: Sequence[str]) -> list[str]:
     """The settings for this attack, without its name in front."""
     full = {"autoattack" if other == "aa" else other for other in others}
@@ -95,4 +131,6 @@ def attack_title(attack: Attack[Any]) -> str:
     config = attack.config
     if attack.stages:
         return f"AutoAttack {config.version} ({', '.join(attack.stages)})"
+    if config.name == "adaptive":
+        return f"Adaptive-{config.steps} ({config.through}, EOT {config.eot})"
     return f"{config.name.upper()}-{config.steps if hasattr(config, 'steps') else config.queries}"

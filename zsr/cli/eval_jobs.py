@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,16 @@ import typer
 
 if TYPE_CHECKING:
     from zsr.attacks.base import Attack
+    from zsr.cli.attacks import Craft
     from zsr.cli.defended import Guarded
     from zsr.config.schema import Precision
     from zsr.data.suite import Suite
     from zsr.defenses.base import DefenseConfig
+    from zsr.eval.card import AttackInfo, ResultCard
+    from zsr.eval.images import Images
     from zsr.eval.measure import Means
     from zsr.eval.plan import Blank, Job, Subject, TestSet
-    from zsr.eval.runner import Clean
+    from zsr.eval.runner import Clean, Crew
     from zsr.eval.scene import Scene
     from zsr.eval.target import Target
 
@@ -46,7 +50,12 @@ class Order:
     device: str | None
     defense: DefenseConfig | None
     gate_model: str | None
+    craft: Craft | None
     out: Path | None
+    workers: int
+    mlflow_run: str | None
+    log: bool
+    tracking_uri: str | None
     batch_size: int
     probes: bool
 
@@ -77,19 +86,24 @@ def run(order: Order, dry_run: bool) -> None:
     device = order.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for sentence in order.missing:
         typer.echo(f"missing: {sentence}")
-    cards = []
-    words = []
+    cards: list[ResultCard] = []
+    words: list[str] = []
     progress = EvalProgress(len(order.models) * len(order.test_sets) * max(len(order.attacks), 1))
-    for name in order.models:
-        subject, guarded, template = _load(order, name, device)
-        for scenes in _plan(order, subject, template, device):
-            if dry_run:
-                _say_plan(scenes)
-                continue
-            _measure(order, scenes, subject, _means(order, device), progress)
-            cards += [read_card(job.path(judge)) for job, _ in scenes.jobs for judge in job.cards]
-        if guarded is not None:
-            words += guarded.sentences()
+    with _crew(order, device, dry_run) as crew:
+        for name in order.models:
+            subject, guarded, template = _load(order, name, device)
+            paths = []
+            for scenes in _plan(order, subject, template, device):
+                if dry_run:
+                    _say_plan(scenes)
+                    continue
+                _measure(scenes, subject, _means(order, device, crew), progress)
+                paths += [job.path(judge) for job, _ in scenes.jobs for judge in job.cards]
+            own = [(path, read_card(path)) for path in paths]
+            cards += [card for _, card in own]
+            if not dry_run:
+                _track(order, name, subject, own)
+            words += [] if guarded is None else guarded.sentences()
     if dry_run:
         return
     show_cards(cards, order.suite)
@@ -100,6 +114,28 @@ def run(order: Order, dry_run: bool) -> None:
             "The attack does not know the defence (oblivious): it is crafted on the bare model. "
             "These are no numbers for an attacker who knows it."
         )
+
+
+def _crew(order: Order, device: str, dry_run: bool) -> AbstractContextManager[Crew]:
+    """Whoever does the batches: this process, or Ray workers."""
+    from zsr.eval.runner import LocalCrew
+
+    if not order.workers or dry_run:
+        return nullcontext(LocalCrew())
+    from zsr.launch.evaluate import RayCrew
+
+    return RayCrew(order.workers, on_gpu=device.startswith("cuda"))
+
+
+def _track(order: Order, name: str, subject: Subject, cards: Sequence[tuple[Path, ResultCard]]) -> None:
+    from zsr.cli.eval_tracking import own_tracker, record_cards, training_tracker
+
+    folder, info = results_folder(order.out), subject.info
+    if order.mlflow_run is not None:
+        tracker = own_tracker(order.mlflow_run, info.label, info.weights_digest, order.tracking_uri, folder)
+        record_cards(tracker, cards)
+    if order.log:
+        record_cards(training_tracker(name, order.tracking_uri, folder), cards)
 
 
 def results_folder(out: Path | None) -> Path:
@@ -160,39 +196,60 @@ def _plan(order: Order, subject: Subject, trained_template: str | None, device: 
             return Blank(protocol, test_set.info(images), subject.info, defense, attack, order.seed)
 
         all_judges = plain_target(head, subject.defended)
+        whole, special = scene_of(all_judges), {}
         jobs = []
         for eps_text, attack in order.attacks:
-            target = _target(attack, head, subject, images)
+            # One scene for all attacks with the same target: workers load it once.
+            if attack.config.name != "adaptive" and order.craft is None:
+                scene = whole
+            else:
+                kind = attack.config.name == "adaptive"
+                if kind not in special:
+                    special[kind] = scene_of(_special_target(order, kind, head, subject, test_set, images))
+                scene = special[kind]
+            target = scene.target
             cards = {judge: blank(judge, _attack_info(attack, eps_text, target, judge)) for judge in target.judges}
-            jobs.append((Job(folder, attack, cards), scene_of(target)))
+            jobs.append((Job(folder, attack, cards), scene))
         clean_cards = {judge: blank(judge, None) for judge in all_judges.judges}
         if not order.attacks:
-            jobs.append((Job(folder, None, clean_cards), scene_of(all_judges)))
-        yield Scenes(test_set, scene_of(all_judges), jobs, clean_cards, folder)
+            jobs.append((Job(folder, None, clean_cards), whole))
+        yield Scenes(test_set, whole, jobs, clean_cards, folder)
 
 
-def _target(attack: Attack[Any], head: Any, subject: Subject, images: Any) -> Target:
-    from zsr.eval.target import adaptive_target, plain_target
+def _special_target(
+    order: Order, adaptive: bool, head: Any, subject: Subject, test_set: TestSet, images: Images
+) -> Target:
+    from zsr.data.suite import read_superclasses
+    from zsr.eval.crafted import craft_head
+    from zsr.eval.target import adaptive_target, crafted_target
 
-    if attack.config.name == "adaptive":
+    if adaptive:
         assert subject.defended is not None
         return adaptive_target(head, subject.defended, images.pixels)
-    return plain_target(head, subject.defended)
+    assert order.craft is not None
+    templates = None if order.craft.template is None else [order.craft.template]
+    superclasses = read_superclasses(test_set.key) if order.craft.superclasses else None
+    crafted, label_map = craft_head(
+        subject.model, subject.bank, test_set.classes, templates=templates, superclasses=superclasses
+    )
+    return crafted_target(head, crafted, label_map, order.craft.words, subject.defended)
 
 
-def _attack_info(attack: Attack[Any], eps_text: str, target: Target, judge: str) -> Any:
+def _attack_info(attack: Attack[Any], eps_text: str, target: Target, judge: str) -> AttackInfo:
     from zsr.cli.attacks import attack_title
     from zsr.eval.plan import attack_info
 
     return attack_info(attack, eps_text, attack_title(attack), target.knowledge[judge], target.crafted_on)
 
 
-def _means(order: Order, device: str) -> Means:
+def _means(order: Order, device: str, crew: Crew) -> Means:
     from zsr.eval.measure import Means
     from zsr.tracking.environment import versions
 
     return Means(
         batch_size=order.batch_size,
+        crew=crew,
+        workers=max(order.workers, 1),
         probes=order.probes,
         device=_device_name(device),
         environment=versions(),
@@ -205,7 +262,7 @@ def _device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
-def _measure(order: Order, scenes: Scenes, subject: Subject, means: Means, progress: Any) -> None:
+def _measure(scenes: Scenes, subject: Subject, means: Means, progress: Any) -> None:
     from zsr.eval.measure import measure, measure_clean
     from zsr.eval.runner import Clean
 

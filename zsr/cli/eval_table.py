@@ -71,7 +71,7 @@ def _averages(
         return
     for defense in dict.fromkeys(defense for _, defense in rows):
         there = {key: row for (key, other), row in rows.items() if other == defense}
-        for name, keys in suite.averages().items():
+        for name, keys in suite.averages(_training_set(next(iter(there.values())))).items():
             found = [there[key] for key in keys if key in there]
             if len(found) < 2:
                 continue
@@ -85,6 +85,14 @@ def _averages(
                 percent(sum(clean) / len(clean)),
                 *(_mean([share.value for share in shares if share is not None], len(found)) for shares in robust),
             ]
+
+
+def _training_set(row: Mapping[str, ResultCard]) -> str | None:
+    """The registry's set that a model was trained on, if its address says so; None leaves it to the protocol."""
+    from zsr.data.suite import dataset_keys
+
+    parts = (next(iter(row.values())).model.trained_on or "").split("/")
+    return next((part for part in parts if part in dataset_keys()), None)
 
 
 def _mean(values: Sequence[float], expected: int) -> str:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import enum
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from zsr.cli.eval_jobs import Order
 
 app = typer.Typer(help="Measure clean and robust zero-shot accuracy; write result cards.")
 
@@ -105,6 +102,25 @@ def evaluate(
             "--gate-model", help="Pre-trained model that gates the defence; the one a checkpoint came from by default."
         ),
     ] = None,
+    craft_template: Annotated[
+        str | None,
+        typer.Option("--craft-template", metavar="PROMPT", help="The attack sees this prompt; the served ones judge."),
+    ] = None,
+    craft_superclasses: Annotated[
+        bool, typer.Option("--craft-superclasses", help="The attack aims at superclasses; the served classes judge.")
+    ] = False,
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, help="Ray workers that do the batches; 0 does them in this process.")
+    ] = 0,
+    mlflow_run: Annotated[
+        str | None, typer.Option("--mlflow-run", metavar="NAME", help="Put cards and numbers on an MLflow run.")
+    ] = None,
+    log: Annotated[
+        bool, typer.Option("--log", help="Put cards and numbers on the run that trained the model.")
+    ] = False,
+    tracking_uri: Annotated[
+        str | None, typer.Option("--tracking-uri", help="MLflow's address; MLFLOW_TRACKING_URI by default.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the cards; .zsr/results by default, under ZSR_HOME if set.")
     ] = None,
@@ -125,7 +141,7 @@ def evaluate(
     """
     if context.invoked_subcommand is not None:
         return
-    from zsr.cli.attacks import read_attacks
+    from zsr.cli.attacks import read_attacks, read_craft
     from zsr.cli.defended import read_defense
     from zsr.cli.eval_jobs import Order, run
     from zsr.cli.eval_sets import read_sets
@@ -151,9 +167,10 @@ def evaluate(
     defense_config = read_defense(defense, defense_set or [], gate_model)
     if defense_config is None and any(one.config.name == "adaptive" for _, one in attacks):
         raise ValueError("--attack adaptive: needs a defence to know; add --defense ttc")
+    craft = read_craft(craft_template, craft_superclasses, [one.config.name for _, one in attacks])
     protocol = None if suite is None else load_suite(suite)
     test_sets, missing = read_sets(protocol, data, root, num_samples, strict)
-    order: Order = Order(
+    order = Order(
         models=model,
         suite=protocol,
         test_sets=test_sets,
@@ -166,7 +183,12 @@ def evaluate(
         device=device,
         defense=defense_config,
         gate_model=gate_model,
+        craft=craft,
         out=out,
+        workers=workers,
+        mlflow_run=mlflow_run,
+        log=log,
+        tracking_uri=tracking_uri,
         batch_size=batch_size,
         probes=probes,
     )

@@ -136,8 +136,8 @@ def _probe(scene: Scene, job: Job, clean: Clean, verdicts: Verdicts) -> list[Fin
     """The expensive checks, on the first samples by key that what the attack sees has right without it."""
     target, images, attack = scene.target, scene.images, job.attack
     first = next(iter(job.cards))
-    if attack is None or target.surrogate is not None or target.label_map is not None:
-        return []  # what these attacks see is no classifier of these labels
+    if attack is None or target.surrogate is not None or target.crafted_on != "served":
+        return []  # what these attacks see is not what judges
     right = np.flatnonzero(clean.pred[first] == images.label)
     rows = sorted(right.tolist(), key=lambda row: images.keys[int(images.ids[row])])[:MOST_IMAGES]
     if not rows:

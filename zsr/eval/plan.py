@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -196,7 +196,6 @@ class Job:
     folder: Path
     attack: Attack[Any] | None
     cards: Mapping[str, Blank]
-    missing: Sequence[str] = field(default_factory=list)
 
     def path(self, judge: str) -> Path:
         return self.folder / f"{self.cards[judge].stem}.card.json"

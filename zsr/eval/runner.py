@@ -46,9 +46,8 @@ class Moment:
     Attributes:
         stage: ``clean``, or the attack's name or stage.
         done, total: samples of the stage.
-        over: how many of those done are lost; for clean, how many are wrong.
+        over: how many of those done the first judge has wrong.
         entered, samples: samples that entered the stage, of all that are measured.
-        seconds: the stage's own, in this process.
     """
 
     stage: str
@@ -236,12 +235,7 @@ def _moment(attack: Attack[Any], stage: int, lines: Sequence[Line], standing: Se
     label = dict(zip(scene.images.ids.tolist(), scene.images.label.tolist(), strict=True))
     done = sum(len(line.ids) for line in lines)
     first = next(iter(lines[0].pred))
-    over = sum(
-        1
-        for line in lines
-        for row, sample in enumerate(line.ids)
-        if line.success[row] or line.pred[first][row] != label[sample]
-    )
+    over = sum(pred != label[sample] for line in lines for sample, pred in zip(line.ids, line.pred[first], strict=True))
     name = attack.stages[stage] if attack.stages else attack.config.name
     return Moment(name, done, len(standing), over, len(standing), len(scene.images))
 

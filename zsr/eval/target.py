@@ -111,6 +111,19 @@ def adaptive_target(head: Any, defended: DefendedCLIP, pixels: int) -> Target:
     return Target(Served(head), {DEFENDED: behind}, {DEFENDED: "adaptive"}, surrogate=defended.surrogate(head))
 
 
+def crafted_target(
+    head: Any, crafted: Any, label_map: Tensor | None, words: str, defended: DefendedCLIP | None = None
+) -> Target:
+    """The bare model under other texts is attacked; who judges is as for the plain attack.
+
+    Args:
+        crafted, label_map: from ``zsr.eval.crafted.craft_head``.
+        words: which texts those are.
+    """
+    plain = plain_target(head, defended)
+    return Target(Served(crafted), plain.judges, plain.knowledge, label_map=label_map, crafted_on=words)
+
+
 def enlarge(image_BCHW: Tensor, size: int) -> Tensor:
     """Square images at the size that the model reads; differentiable, bicubic without antialiasing (METHODS.md a.4)."""
     if image_BCHW.shape[-1] == size:
