@@ -129,7 +129,7 @@ def counting_loop(config: RunConfig, session: Session, tracker: Tracker) -> Simp
         time.sleep(0.1)
         metrics = {
             "step": step, "epoch": step / 2, "val/clean_acc": 0.5, "val/robust_acc": config.optim.lr * step,
-            "val/zero_grad_frac": 0.5 if config.optim.lr > 0.05 else 0.0,
+            "val/check/zero-gradients": 3.0 if config.optim.lr > 0.05 else 0.0,
         }  # fmt: skip
         if step % 2 == 0:
             tracker.log_metrics(metrics, step)

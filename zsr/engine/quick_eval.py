@@ -23,6 +23,9 @@ from zsr.models import RobustCLIP, TextBank
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples to do) on this rank."""
 
+Watch = Callable[[Tensor, Tensor, Sequence[str], Tensor], None]
+"""Called with what was attacked: clean images ``[B, C, H, W]``, labels, keys, and whether the attack broke them (bool)."""
+
 _CLEAN, _ROBUST, _COUNT = range(3)
 
 
@@ -82,6 +85,7 @@ def evaluate(
     world_size: int = 1,
     num_workers: int = 0,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> EvalResult:
     """Measure a zero-shot classifier on a set.
 
@@ -124,10 +128,13 @@ def evaluate(
                 attacked = attack_rows(head, attack, image_BCHW, label_B, batch.key, right_B, seed)
                 with torch.no_grad():
                     logits_BC = head(attacked.image_BCHW)
-                facts.see_attacked(
-                    image_BCHW[right_B], attacked.image_BCHW, logits_BC, attacked.zero_grad_B, label_B[right_B]
-                )
-                counts[_ROBUST] += (logits_BC.argmax(-1) == label_B[right_B]).sum()
+                clean_BCHW, own_label_B = image_BCHW[right_B], label_B[right_B]
+                facts.see_attacked(clean_BCHW, attacked.image_BCHW, logits_BC, attacked.zero_grad_B, own_label_B)
+                broken_B = logits_BC.argmax(-1) != own_label_B
+                counts[_ROBUST] += (~broken_B).sum()
+                if watch is not None:
+                    keys = [batch.key[row] for row in right_B.nonzero().flatten().tolist()]
+                    watch(clean_BCHW, own_label_B, keys, broken_B)
                 if attacked.stage_B is not None:
                     counts[3:] += (attacked.stage_B[:, None] > torch.arange(len(stages), device=device)).sum(0)
             done += len(batch)
@@ -171,5 +178,10 @@ def attack_rows(
     The result has a row for each of them, at least one. Call inside :func:`input_gradients_only`.
     """
     rows = rows_B.nonzero().flatten()
-    seeds = sample_seeds([keys[i] for i in rows.tolist()], "eval", seed)
+    seeds = attack_seeds([keys[i] for i in rows.tolist()], seed)
     return attack.attack_classifier(head, image_BCHW[rows], label_B[rows], seeds)
+
+
+def attack_seeds(keys: Sequence[str], seed: int) -> list[int]:
+    """Seeds with which evaluations attack samples of these keys."""
+    return sample_seeds(keys, "eval", seed)

@@ -26,6 +26,7 @@ from zsr.attacks.square import Square, SquareConfig
 MOST_IMAGES = 32
 QUERIES = 200
 """Of the black-box search; a model that masks its gradient falls within a few dozen."""
+_FEWEST_BROKEN = 8  # of the images probed, if there are so many: some verdicts should be able to turn the other way
 _ALONE = 8  # samples looked at one by one
 _WEAK_STEPS = 10
 _BRIEF_STEPS = 10
@@ -33,6 +34,33 @@ _MEAN_OF = (
     512  # the batch whose mean loss makes fp16 gradients vanish (METHODS.md 0.3); a power of two, so exact in fp32
 )
 _MANY = 0.1  # share of the images that a weaker attack adds, above which the main one is not to be believed
+
+
+class Sample:
+    """A few of the images that a measurement attacked, gathered while it runs (``watch`` of ``quick_eval.evaluate``).
+
+    Mostly such that the attack left standing: they are what a better attack would break.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[bool, list[tuple[Tensor, Tensor, str]]] = {False: [], True: []}
+
+    def see(self, image_BCHW: Tensor, label_B: Tensor, keys: Sequence[str], broken_B: Tensor) -> None:
+        """Keep what is still wanted of a batch."""
+        for broken, kept in self._kept.items():
+            rows = (broken_B == broken).nonzero().flatten()[: MOST_IMAGES - len(kept)]
+            kept += [(image_BCHW[row], label_B[row], keys[row]) for row in rows.tolist()]
+
+    def take(self) -> tuple[Tensor, Tensor, list[str], Tensor] | None:
+        """Images, labels, keys and verdicts (bool, broken) of at most 32; None if nothing was attacked."""
+        standing, broken = self._kept[False], self._kept[True]
+        broken = broken[: max(_FEWEST_BROKEN, MOST_IMAGES - len(standing))]
+        rows = standing[: MOST_IMAGES - len(broken)] + broken
+        if not rows:
+            return None
+        images, labels, keys = zip(*rows, strict=True)
+        broken_B = torch.arange(len(rows), device=images[0].device) >= len(rows) - len(broken)
+        return torch.stack(images), torch.stack(labels), list(keys), broken_B
 
 
 def probe(

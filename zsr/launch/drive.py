@@ -20,6 +20,7 @@ import optuna  # noqa: E402
 from ray import tune  # noqa: E402
 
 from zsr.launch import publish  # noqa: E402
+from zsr.launch.finalists import measure_on_ray, settle_finalists  # noqa: E402
 from zsr.launch.progress import Progress  # noqa: E402
 from zsr.launch.results import Results, judge, print_rows, print_table  # noqa: E402
 from zsr.launch.search import SweepSearch, make_scheduler  # noqa: E402
@@ -55,9 +56,11 @@ def drive(sweep: Sweep, plan: Plan, store: Store, sweep_id: str, asked: Mapping[
         with cost_meter(tracker, TrialBook(store), plan.rate):
             run_trials(sweep, plan, trial_plan, store, study_storage, concurrent)
         status = "FINISHED"
+        trials = close_book(TrialBook(store))
+        settle_finalists(trials, plan, TrialBook(store), measure_on_ray)
         print("stage=publish note='table, charts, best model; about 20s'", flush=True)
         study = close_study(study_storage, sweep_id)
-        results = judge(close_book(TrialBook(store)), plan.metrics)
+        results = judge(trials, plan.metrics)
         return finish(results, plan, trial_plan, store, study, tracker)
     except Exception:
         status = "FAILED"

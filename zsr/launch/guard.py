@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-ZERO_GRAD_LIMIT = 0.05
-"""Share of validation samples whose input gradient is all zero above which a robust accuracy is not believed: an attack
-that sees no gradient says nothing (gradient masking)."""
+from zsr.attacks.checks import LEVELS, ZERO_GRAD_LIMIT
+
+__all__ = ["CHECK", "ZERO_GRAD_LIMIT", "check_levels", "find_flags", "honest", "worst"]
+
+CHECK = "val/check/"
+"""Before a check's id, the metric that holds its level."""
 
 
 def worst(mode: str) -> float:
@@ -15,10 +18,18 @@ def worst(mode: str) -> float:
     return 0.0 if mode == "max" else 1e6
 
 
+def check_levels(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Levels of the checks that a trial has been through, by id."""
+    return {
+        name.removeprefix(CHECK): LEVELS[int(value)]
+        for name, value in sorted(metrics.items())
+        if name.startswith(CHECK) and value in range(len(LEVELS))
+    }
+
+
 def find_flags(metrics: Mapping[str, float]) -> list[str]:
-    """Reasons not to believe a trial's robust accuracy."""
-    share = metrics.get("val/zero_grad_frac", 0.0)
-    return [f"zero_grad_frac={share:.3g}>{ZERO_GRAD_LIMIT:g}"] if share > ZERO_GRAD_LIMIT else []
+    """Reasons not to believe a trial's robust accuracy: the checks that failed, by id."""
+    return [name for name, level in check_levels(metrics).items() if level == "fail"]
 
 
 def honest(metrics: Mapping[str, float], objectives: Sequence[tuple[str, str]]) -> dict[str, float]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from zsr.config import RunConfig
 from zsr.launch.cost import Budget, Rate
 from zsr.launch.space import Point
+from zsr.launch.strong import Finalists
 
 TRIAL_START_S = 25.0
 """From asking for a trial to its first step: workers start and import torch. Measured on two CPU cores: 20 to 30 s."""
@@ -31,6 +32,7 @@ class Plan:
         step_s: seconds a step takes, evaluation included, if known.
         seed: of the search.
         test_sets: on which the best trial is compared with the untouched model at the end.
+        finalists: which trials are measured again by a strong attack, and how.
         max_cost: dollars after which no new trial starts; 0 for no limit.
     """
 
@@ -45,6 +47,7 @@ class Plan:
     step_s: float | None
     seed: int
     test_sets: tuple[str, ...] = ()
+    finalists: Finalists = field(default_factory=Finalists)
     max_cost: float = 0.0
 
     @property

@@ -22,6 +22,7 @@ from zsr.launch.cost import priced
 from zsr.launch.plan import Plan, count_trial_steps
 from zsr.launch.space import Space, check_space
 from zsr.launch.store import Store
+from zsr.launch.strong import Finalists
 
 ROBUST = ("val/robust_acc", "max")
 BOTH = (("val/clean_acc", "max"), ROBUST)
@@ -51,6 +52,7 @@ class Variant:
         step_s: seconds a step takes there, evaluation included, for the plan.
         settings: overrides on top of the preset.
         test_sets: on which the best trial is compared with the untouched model at the end; they take no part in choosing.
+        finalists: which trials are measured again by a strong attack, and how.
     """
 
     num_trials: int | None = None
@@ -59,6 +61,7 @@ class Variant:
     step_s: float | None = None
     settings: tuple[str, ...] = ()
     test_sets: tuple[str, ...] = ()
+    finalists: Finalists | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Sweep:
         multi_objective: search all metrics at once, without a scheduler, or the last one with ASHA.
         asha: when to stop poor trials.
         first: points to try first, by the names of the space's suggestions: what is known to be good.
+        finalists: which trials are measured again by a strong attack before one is called the best, and how.
         variants: by preset.
         loop: what a worker runs, by default zsr's training loop.
         max_cost: dollars after which no new trial starts, unless ``--max-cost`` says otherwise; 0 for no limit.
@@ -89,6 +93,7 @@ class Sweep:
     multi_objective: bool = False
     asha: Asha = Asha()
     first: Sequence[Mapping[str, Any]] = ()
+    finalists: Finalists = field(default_factory=Finalists)
     variants: Mapping[str, Variant] = field(default_factory=dict)
     loop: Any = None
     max_cost: float = 0.0
@@ -183,6 +188,8 @@ def make_plan(sweep: Sweep, asked: argparse.Namespace) -> Plan:
             f"--max-cost={max_cost:g}: nobody says what an hour costs; set launch.gpu_hour_price, or launch.machine to an "
             "entry of the table of prices"
         )
+    finalists = variant.finalists or sweep.finalists
+    finalists.attack_config(config)  # a mistake in it should not come to light after the last trial
     multi = next(m for m in (asked.multi_objective, variant.multi_objective, sweep.multi_objective) if m is not None)
     return Plan(
         name=asked.name,
@@ -196,6 +203,7 @@ def make_plan(sweep: Sweep, asked: argparse.Namespace) -> Plan:
         step_s=variant.step_s,
         seed=asked.seed,
         test_sets=variant.test_sets,
+        finalists=finalists,
         max_cost=max_cost,
     )
 
