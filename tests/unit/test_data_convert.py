@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import io
 import json
 import logging
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +18,9 @@ import webdataset
 from PIL import Image
 from shard_factory import encode_image, make_image, make_shards, write_index, write_tar
 
-from zsr.data.convert import convert, info, sample, verify
+from zsr.data.convert import convert
 from zsr.data.decode import decode_whole
+from zsr.data.inspect import info, sample, verify
 from zsr.data.shards import ShardSet
 
 
@@ -63,7 +69,7 @@ def test_every_image_is_stored_once_with_its_class(source, tmp_path):
 
 def test_equal_input_gives_equal_bytes_and_the_seed_another_order(source, tmp_path):
     for name, seed in {"one": 0, "two": 0, "three": 1}.items():
-        run(source, tmp_path / name, seed=seed)
+        run(source, tmp_path / name, shuffle=seed)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == ["000000.tar", "000001.tar", "000002.tar", "classnames.txt", "index.json"] + files[5:]
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
@@ -165,3 +171,171 @@ def test_the_montage_shows_the_images(tmp_path):
     sheet = np.asarray(Image.open(io.BytesIO((tmp_path / "sheet.png").read_bytes())))
     assert sheet.shape == (2 * 52 + 6, 3 * 38 + 6, 3)
     assert (sheet[6:38, 6:38] == make_image(0, 32, 32)).all()
+
+
+def test_any_number_of_workers_gives_the_same_bytes(source, tmp_path):
+    contents = []
+    for workers in (1, 3):
+        run(source, tmp_path / str(workers), workers=workers, name="one")
+        files = sorted((tmp_path / str(workers)).iterdir())
+        contents.append({file.name: file.read_bytes() for file in files})
+    assert contents[0] == contents[1]
+    assert set(contents[0]) >= {"index.json", "000002.tar"} and "convert-journal.json" not in contents[0]
+
+
+def test_without_shuffling_the_order_is_the_sources(source, tmp_path):
+    run(source, tmp_path / "out", shuffle=None)
+    labels = [int(ShardSet(tmp_path / "out").read(number).parts["cls"]) for number in range(12)]
+    assert labels == sorted(labels)
+
+
+def convert_in_a_process(source: Path, target: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "zsr.cli.main", "data", "convert", str(source), str(target), *options]
+    return subprocess.Popen(command, stdout=log.open("ab"), stderr=subprocess.STDOUT)
+
+
+def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(tmp_path):
+    """Killed twice at different places, taken up with another number of workers."""
+    source = tmp_path / "images"
+    for number in range(240):
+        folder = source / f"class_{number % 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes(encode_image(make_image(number, 150, 200), "jpg"))
+    options = ("--samples-per-shard", "3", "--image-size", "100", "--name", "one")
+    target, log = tmp_path / "out", tmp_path / "log"
+    finished = []
+    for workers, kill_at in (("2", 20), ("1", 45)):
+        process = convert_in_a_process(source, target, log, *options, "--workers", workers)
+        try:
+            deadline = time.monotonic() + 60
+            while len(list(target.glob("*.tar"))) < kill_at and time.monotonic() < deadline:
+                time.sleep(0.005)
+        finally:
+            process.kill()
+            process.wait()
+        finished.append(len(list(target.glob("*.tar"))))
+        assert kill_at <= finished[-1] < 80, log.read_text()
+        assert not (target / "index.json").exists()
+    done = convert(source, target, samples_per_shard=3, image_size=100, name="one", workers=3, show_progress=False)
+    assert done.resumed >= finished[-1] - 2  # what each of the two workers had stored but not yet reported
+    whole = tmp_path / "whole"
+    convert(source, whole, samples_per_shard=3, image_size=100, name="one", show_progress=False)
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+def test_workers_end_with_a_killed_conversion(source, tmp_path):
+    process = convert_in_a_process(
+        source, tmp_path / "out", tmp_path / "log", "--samples-per-shard", "1", "--workers", "2"
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    pids: list[str] = []
+    deadline = time.monotonic() + 60
+    while not pids and process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):
+            pids = children.read_text().split()
+    process.kill()
+    process.wait()
+    assert pids, (tmp_path / "log").read_text()
+
+    def has_ended(pid: str) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        except FileNotFoundError:
+            return True
+
+    while not all(map(has_ended, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert all(map(has_ended, pids))
+
+
+def break_some(source: Path) -> list[str]:
+    """Two images that cannot be used, in the order in which a source lists them."""
+    (source / "dog" / "no.png").write_bytes(b"<html>404</html>")
+    (source / "emu" / "torn.jpg").write_bytes(encode_image(make_image(1, 40, 30), "jpg")[:200])
+    return ["dog/no.png", "emu/torn.jpg"]
+
+
+@pytest.mark.parametrize("max_bad", [2, 0.2])
+def test_bad_images_are_left_out_as_far_as_allowed_and_named(source, tmp_path, max_bad):
+    names = break_some(source)
+    (source / "README").write_text("x")
+    done = run(source, tmp_path / "out", max_bad=max_bad)
+    assert [bad.file for bad in done.rejected] == names
+    with (tmp_path / "out" / "rejected.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [*names, "README"]
+    assert rows[0]["reason"] == "the image cannot be decoded: its format is not known"
+    assert (done.index.samples, sum(done.index.class_counts)) == (12, 12)
+    assert verify(tmp_path / "out", show_progress=False) == []
+
+
+def test_after_repair_only_the_shards_of_bad_images_are_made_anew(source, tmp_path):
+    break_some(source)
+    with pytest.raises(ValueError, match=r"2 of 14 images cannot be used and --max-bad allows 1"):
+        run(source, tmp_path / "out", max_bad=1)
+    assert "dog/no.png" in (tmp_path / "out" / "rejected.csv").read_text()
+    for name, number in (("dog/no.png", 50), ("emu/torn.jpg", 51)):
+        (source / name).write_bytes(encode_image(make_image(number, 40, 30), name[-3:]))
+    done = run(source, tmp_path / "out")
+    holding = {number // 5 for number in range(14) if done_keys(tmp_path / "out")[number].endswith(("-no", "-torn"))}
+    assert done.resumed == 3 - len(holding)
+    assert not (tmp_path / "out" / "rejected.csv").exists()
+    run(source, tmp_path / "anew", name="animals")
+    for path in (tmp_path / "anew").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def done_keys(folder: Path) -> list[str]:
+    shards = ShardSet(folder)
+    return [shards.read(number).key for number in range(len(shards))]
+
+
+def test_a_shard_of_bad_images_alone_is_no_shard(tmp_path):
+    for number in range(4):
+        (tmp_path / "images" / "cat").mkdir(parents=True, exist_ok=True)
+        content = b"no" if number < 2 else encode_image(make_image(number, 20, 20), "jpg")
+        (tmp_path / "images" / "cat" / f"{number}.jpg").write_bytes(content)
+    done = convert(
+        tmp_path / "images", tmp_path / "out", samples_per_shard=2, shuffle=None, max_bad=2, show_progress=False
+    )
+    assert [shard.file for shard in done.index.shards] == ["000001.tar"]
+    assert verify(tmp_path / "out", show_progress=False) == []
+
+
+def test_an_unfinished_conversion_with_other_settings_is_not_mixed_with_this_one(source, tmp_path):
+    break_some(source)
+    with pytest.raises(ValueError, match="cannot be used"):
+        run(source, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"unfinished conversion with other settings \(shuffle=0, now 3\); go on"):
+        run(source, tmp_path / "out", shuffle=3)
+
+
+def test_a_lost_or_torn_shard_is_made_anew(source, tmp_path):
+    break_some(source)
+    with pytest.raises(ValueError, match="cannot be used"):
+        run(source, tmp_path / "out")
+    (tmp_path / "out" / "000000.tar").unlink()
+    (tmp_path / "out" / "000001.tar").write_bytes(b"torn")
+    assert run(source, tmp_path / "out", max_bad=2).resumed == 1
+    assert verify(tmp_path / "out", show_progress=False) == []
+
+
+def test_resizing_tells_what_it_saves(tmp_path):
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    for number in range(4):
+        image = encode_image(make_image(number, 600, 800), "jpg")
+        (tmp_path / "images" / "cat" / f"{number}.jpg").write_bytes(image)
+    cost = convert(tmp_path / "images", tmp_path / "out", image_size=224, quality=80, show_progress=False).cost
+    assert cost is not None
+    assert cost.after_ms < cost.before_ms / 2 and cost.after_bytes < cost.before_bytes / 4
+    stored = [sum(map(len, ShardSet(tmp_path / "out").read(n).parts.values())) - 1 for n in range(4)]
+    assert cost.after_bytes == np.mean(stored)
+
+
+def test_the_share_of_bad_images_is_read_from_the_command_line(tmp_path):
+    from zsr.cli.data import _count_or_share
+
+    assert [_count_or_share(text) for text in ("0", "20", "0.5", "1%", "0.1%")] == [0, 20, 0.5, 0.01, 0.001]
+    for wrong in ("many", "-1", "1.5", "100%", "nan", "inf"):
+        with pytest.raises(ValueError, match=f"--max-bad {wrong}: is neither"):
+            _count_or_share(wrong)

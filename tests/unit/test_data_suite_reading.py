@@ -13,7 +13,7 @@ from shard_factory import encode_image, make_image
 
 from zsr.cli.main import main
 from zsr.data import clip_benchmark
-from zsr.data.convert import verify
+from zsr.data.inspect import verify
 from zsr.data.pipeline import eval_batches
 from zsr.data.shards import ShardSet
 from zsr.data.storage import LocalStorage

@@ -8,7 +8,7 @@ import pytest
 from shard_factory import encode_image, make_image
 
 from zsr.cli.main import main
-from zsr.data.convert import info, verify
+from zsr.data.inspect import info, verify
 from zsr.data.pipeline import eval_batches
 from zsr.data.shards import ShardSet
 from zsr.engine.loop import train

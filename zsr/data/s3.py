@@ -8,6 +8,7 @@ or a message.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import random
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 
 from zsr.data.cache import ShardCache
 from zsr.data.index import Shard, ShardFile
-from zsr.data.storage import FileMissing, Storage
+from zsr.data.storage import FileMissing, Storage, empty_folder
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,13 @@ class S3Storage(Storage):
                 self._client().put_object(Bucket=self.bucket, Key=self._key(name), Body=file)
 
         self._persist(name, write)
+
+    def workspace(self) -> Path:
+        own = hashlib.sha256(self.address.encode()).hexdigest()[:16]
+        return empty_folder(self.cache.folder.parent / "convert" / own)
+
+    def remove(self, name: str) -> None:
+        self._persist(name, lambda: self._client().delete_object(Bucket=self.bucket, Key=self._key(name)))
 
     def _download(self, shard: Shard | ShardFile, partial: Path) -> None:
         """Make ``partial`` hold as many bytes as the shard has, keeping what is there already."""

@@ -67,6 +67,20 @@ class Storage(ABC):
     def put(self, local: Path, name: str) -> None:
         """Store a copy of a local file under ``name``; readers see it whole or not at all."""
 
+    @abstractmethod
+    def workspace(self) -> Path:
+        """An empty folder for files that are to be put here. What a process left in it that was killed is removed: one
+        process at a time writes a set."""
+
+    def move(self, local: Path, name: str) -> None:
+        """``put`` for a file out of the workspace, which is gone then."""
+        self.put(local, name)
+        local.unlink()
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there."""
+
 
 class LocalStorage(Storage):
     """A folder; shards are read in place."""
@@ -116,6 +130,15 @@ class LocalStorage(Storage):
         shutil.copyfile(local, partial)
         os.replace(partial, self.folder / name)
 
+    def workspace(self) -> Path:
+        return empty_folder(self.folder / ".zsr-convert")
+
+    def move(self, local: Path, name: str) -> None:
+        os.replace(local, self.folder / name)
+
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
 
 def open_storage(address: str | Path, cache_dir: str | Path | None = None) -> Storage:
     """The storage behind an address.
@@ -139,6 +162,20 @@ def open_storage(address: str | Path, cache_dir: str | Path | None = None) -> St
         scheme = text.split("://")[0]  # the rest may hold a password
         raise ValueError(f"a set's address is a folder, s3://bucket/prefix or zsr:name/split, not {scheme}://...")
     return LocalStorage(Path(text).expanduser())
+
+
+def empty_folder(folder: Path) -> Path:
+    """The folder, made anew.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder.parent} cannot be written: {error.strerror}") from None
+    return folder
 
 
 def default_cache(cache_dir: str | Path | None) -> Path:
