@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,19 @@ def test_the_meter_records_while_trials_run_and_once_more_at_the_end(tmp_path: P
     assert ledger.seen[-1] == (900, {"cost/gpu_hours": 0.5, "cost/usd": 1.5})
     steps = [step for step, _ in ledger.seen]
     assert steps == sorted(steps)
+
+
+def test_a_run_counts_its_money_while_it_trains(make_config: Callable[..., Any], tmp_path: Path) -> None:
+    from zsr.engine.loop import train
+    from zsr.engine.session import LocalSession
+
+    ledger = Ledger()
+    config = make_config("launch.gpu_hour_price=3", "launch.cpus_per_worker=2", "train.max_steps=3")
+    train(config, LocalSession(tmp_path), ledger)  # type: ignore[arg-type]
+    paid = [(metrics["cost/usd"], metrics["cost/worker_hours"]) for _, metrics in ledger.seen if "cost/usd" in metrics]
+    assert paid
+    # Two CPUs at three dollars an hour each.
+    assert all(usd == pytest.approx(6 * hours) and usd > 0 for usd, hours in paid)
 
 
 def space(trial: Any, base: Any) -> dict[str, Any]:

@@ -206,6 +206,7 @@ class Trainer:
             "perf/images_per_s": self._window_steps * self.config.train.batch_size / seconds,
             "data/wait_frac": self._wait_s / seconds,
             "cost/worker_hours": self.state.worker_s / 3600,
+            **self._money(),
         }
         if self.device.type == "cuda":
             metrics["cost/gpu_hours"] = metrics["cost/worker_hours"]
@@ -266,9 +267,16 @@ class Trainer:
             "epoch": epoch,
             "cost/worker_hours": cost,
             "cost/gpu_hours": cost if self.device.type == "cuda" else 0.0,
+            **self._money(),
         }
         self.session.report(metrics, write)
         self._window_start += time.monotonic() - began
+
+    def _money(self) -> dict[str, float]:
+        """Dollars of the training so far, where the settings have a price; a sweep's account adds the start of its workers."""
+        launch = self.config.launch
+        paid_hours = self.state.worker_s / 3600 * (launch.gpus_per_worker or launch.cpus_per_worker)
+        return {"cost/usd": paid_hours * launch.gpu_hour_price} if launch.gpu_hour_price else {}
 
     def _clock(self) -> float:
         """The time, after noting in the state how long the run has taken so far, over all attempts."""

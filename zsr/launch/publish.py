@@ -74,6 +74,8 @@ def settle_trials(results: Results, plan: Plan, trial_plan: TrialPlan, store: St
             continue
         tracker = open_trial_tracker(trial, plan, trial_plan, store)
         tracker.set_tags({"zsr.state": trial.state, "zsr.flags": ", ".join(trial.flags)})
+        # The whole bill, start-up and lost attempts included; while it ran, the loop could count its own time alone.
+        tracker.log_metrics(plan.rate.metrics(trial.seconds), step=int(trial.metrics.get("step", 0)) + 1)
         tracker.finish(states[trial.state])  # type: ignore[arg-type]
 
 

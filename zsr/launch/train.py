@@ -23,6 +23,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from zsr.config import RunConfig
 from zsr.config.schema import LaunchConfig
 from zsr.engine.protocols import Session, Tracker
+from zsr.launch.cost import priced
 from zsr.launch.remote_shelf import patiently
 from zsr.launch.session import RaySession
 from zsr.launch.store import Store
@@ -122,10 +123,12 @@ def run_ray(
         Ray's result; its ``return_value`` is a :class:`RunOutcome`. Metrics by step are in the tracker.
 
     Raises:
+        ConfigError: ``launch.machine`` is not in the table of prices.
         RunEndedError: it diverged, or the data contradict its settings.
         ray.train.TrainingFailedError: it failed more than ``launch.max_failures`` times.
         OSError: the storage did not answer for minutes.
     """
+    config = priced(config)  # here, since workers may lack the file of prices
     launch = config.launch
     name = name or run_name(config)
     store = Store(storage or launch.storage)
