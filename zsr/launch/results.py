@@ -12,12 +12,13 @@ from rich.table import Table
 
 from zsr.launch.plan import Plan, duration
 from zsr.launch.space import point_overrides
+from zsr.launch.strong import STRONG
 from zsr.launch.trials import TrialRecord
 from zsr.tracking.card import markdown_table, show
 
 CLEAN, ROBUST = "val/clean_acc", "val/robust_acc"
 FRONT_AXES = ((CLEAN, "max"), (ROBUST, "max"))
-_NUMBERS = ("clean", "robust", "cost", "time", "images", "GPU-hours", "worker-hours")
+_NUMBERS = ("clean", "robust", "strong", "cost", "time", "images", "GPU-hours", "worker-hours")
 Objectives = Sequence[tuple[str, str]]
 
 
@@ -39,12 +40,19 @@ class Results:
 def judge(trials: Sequence[TrialRecord], objectives: Objectives) -> Results:
     """Find the front and the best. A flagged, stopped or failed trial can be neither.
 
-    The last objective decides, the others break ties: with clean and robust accuracy the best is the most robust trial,
-    and the front shows what it costs.
+    Where finalists were measured again, the strong attack decides between them. Else, and between equals, the last objective
+    does, the others break ties: with clean and robust accuracy the best is the most robust trial, and the front shows what
+    it costs.
     """
-    fair = [trial for trial in trials if eligible(trial, objectives)]
-    best = max(fair, key=lambda trial: [_signed(trial, axis) for axis in reversed(objectives)], default=None)
-    return Results(sorted(trials, key=lambda trial: trial.number), pareto_front(fair), best)
+    order = ranked([trial for trial in trials if eligible(trial, objectives)], objectives)
+    finalists = [trial for trial in order if STRONG in trial.metrics]
+    best = max(finalists, key=lambda trial: trial.metrics[STRONG]) if finalists else next(iter(order), None)
+    return Results(sorted(trials, key=lambda trial: trial.number), pareto_front(order), best)
+
+
+def ranked(trials: Sequence[TrialRecord], objectives: Objectives) -> list[TrialRecord]:
+    """The best first, by the cheap attack that the search saw."""
+    return sorted(trials, key=lambda trial: [_signed(trial, axis) for axis in reversed(objectives)], reverse=True)
 
 
 def eligible(trial: TrialRecord, objectives: Objectives) -> bool:
@@ -80,19 +88,33 @@ def rows(results: Results, plan: Plan, only: Sequence[TrialRecord] | None = None
     """Header and rows of the table of trials."""
     unit, per_hour = cost_unit(plan)
     price = plan.config.launch.gpu_hour_price
-    header = ["trial", "state", "clean", "robust", unit, *(["cost"] if price else []), "time", "settings", "remarks"]
+    strong = ["strong"] if any(STRONG in trial.metrics for trial in results.trials) else []
+    header = [
+        "trial",
+        "state",
+        "clean",
+        "robust",
+        *strong,
+        unit,
+        *(["cost"] if price else []),
+        "time",
+        "settings",
+        "remarks",
+    ]
     front = {trial.number for trial in results.front}
     body = []
     for trial in results.trials if only is None else only:
         amount = worker_hours(trial, plan) * per_hour
         is_best = results.best is not None and trial.number == results.best.number
-        remarks = [*(["best"] if is_best else []), *(["Pareto"] if trial.number in front else []), *trial.flags]
+        remarks = [*(["best"] if is_best else []), *(["Pareto"] if trial.number in front else [])]
+        remarks += [f"flag={flag}" for flag in trial.flags]
         body.append(
             [
                 str(trial.number),
                 trial.state,
                 show(trial.metrics.get(CLEAN)),
                 show(trial.metrics.get(ROBUST)),
+                *[show(trial.metrics.get(STRONG)) for _ in strong],
                 f"{amount:.3f}",
                 *([f"{plan.rate.cost(trial.seconds):.2f}"] if price else []),
                 duration(trial.seconds),
@@ -108,7 +130,7 @@ def print_table(results: Results, plan: Plan) -> None:
     print_rows("Trials", *rows(results, plan))
     # The front is a choice between numbers; settings are in the table above.
     header, body = rows(results, plan, results.front)
-    keep = [header.index(name) for name in ("trial", "clean", "robust")]
+    keep = [header.index(name) for name in ("trial", "clean", "robust", "strong") if name in header]
     print_rows("Pareto front", [header[i] for i in keep], [[row[i] for i in keep] for row in body])
 
 
