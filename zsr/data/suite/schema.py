@@ -34,6 +34,8 @@ class Split(Config):
     """Who says so."""
     published_as: Annotated[str, Field(pattern=r"^wds_[a-z0-9_\-]+/test$")] | None = None
     """Folder of CLIP_benchmark's publication that is this part; without, a person converts it."""
+    made_with: str | None = None
+    """Command that makes it, but for where: ``--out ROOT`` is added."""
     address: Annotated[str, Field(pattern="^zsr:")] | None = None
     """Of a set inside this package."""
 
