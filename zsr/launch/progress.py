@@ -115,7 +115,7 @@ class Progress(tune.Callback):
         if not num:
             return ""
         there = current_capacity().describe()
-        return f" waiting={num} note='{num} trials wait for nodes, each for {self._demand}; there are {there}'"
+        return f" waiting={num} note='no place yet for {num} trials, each of {self._demand}; there are {there}'"
 
     def _end(self, trial: Any, record: TrialRecord, state: TrialState) -> None:
         record.state = state
