@@ -12,6 +12,7 @@ import sys
 import optuna
 
 from zsr.config import RunConfig
+from zsr.launch.strong import BRIEF_FINALISTS
 from zsr.launch.sweep import Sweep, Variant, main
 
 
@@ -57,6 +58,7 @@ SWEEP = Sweep(
             multi_objective=True,
             step_s=1.5,
             test_sets=("zsr:emoji/test_style", "zsr:emoji/test_concepts"),
+            finalists=BRIEF_FINALISTS,
         )
     },
 )

@@ -17,7 +17,7 @@ import ray_support
 from ray_support import head_process, starts
 
 from zsr.config import load_config
-from zsr.launch.guard import ZERO_GRAD_LIMIT, honest
+from zsr.launch.guard import honest
 from zsr.launch.results import judge
 from zsr.launch.store import Store
 from zsr.launch.sweep import BOTH, ROBUST, Sweep, main
@@ -45,6 +45,26 @@ sys.exit(main(Sweep(
 """
 
 
+MASKED_SCRIPT = """
+import sys
+from zsr.launch.strong import BRIEF_FINALISTS
+from zsr.launch.sweep import Sweep, main
+
+def space(trial, base):
+    return {"model.name": "local-dir:FOLDER/" + trial.suggest_categorical("folder", ["sound", "masked"])}
+
+sys.exit(main(Sweep(
+    name="dummy", preset="demo", space=space, num_trials=2, finalists=BRIEF_FINALISTS,
+    first=[{"folder": "masked"}, {"folder": "sound"}],
+    settings=(
+        "objective=tecoa", "data.train=SHARDS", "data.val=SHARDS", "train.max_steps=2", "train.eval_every=2",
+        "train.batch_size=8", "optim.lr=1e-7", "optim.warmup_steps=0", "eval.attack.eps=32/255",
+        "eval.attack.step_size=8/255", "launch.workers=1",
+    ),
+)))
+"""
+
+
 @pytest.fixture(scope="module")
 def head() -> Iterator[dict[str, str]]:
     with head_process() as environment:
@@ -54,11 +74,11 @@ def head() -> Iterator[dict[str, str]]:
 class Command:
     """The sweep's command line in a folder of its own."""
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], script: str = SCRIPT) -> None:
         self.folder = folder
         self.environment = {**environment, "ZSR_HOME": str(folder)}
         self.script = folder / "dummy_sweep.py"
-        self.script.write_text(SCRIPT)
+        self.script.write_text(script)
         (folder / "diary").mkdir()
         self._started: list[subprocess.Popen[str]] = []
 
@@ -132,6 +152,36 @@ def test_a_killed_sweep_resumes_and_repeats_no_finished_trial(
     assert leftovers(head) == [], "stopped and finished trials give their places back"
 
 
+def test_a_sweep_does_not_choose_a_model_whose_gradients_vanish(
+    head: dict[str, str], small_shards: Path, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+    from tiny_clip import write_tiny_clip
+
+    for name in ("sound", "masked"):
+        write_tiny_clip(tmp_path / name)
+    weights = load_file(tmp_path / "masked" / "open_clip_model.safetensors")
+    # Cross-entropy is flat to the last bit wherever the model is right; its predictions are those of the sound one.
+    weights["logit_scale"] = torch.tensor(1e7).log()
+    save_file(weights, tmp_path / "masked" / "open_clip_model.safetensors")
+    script = MASKED_SCRIPT.replace("FOLDER", str(tmp_path)).replace("SHARDS", str(small_shards))
+    sweep = Command(tmp_path, head, script)
+    try:
+        process = sweep.start("--max-concurrent", "1", "--multi-objective")
+        output, _ = process.communicate(timeout=PATIENCE_S)
+    finally:
+        sweep.stop()
+    assert process.returncode == 0, output
+    masked, sound = sweep.trials()[0], sweep.trials()[1]
+    assert masked["metrics"]["val/clean_acc"] == sound["metrics"]["val/clean_acc"], output
+    assert masked["metrics"]["val/robust_acc"] > sound["metrics"]["val/robust_acc"], "or there is nothing to resist"
+    assert masked["flags"] == ["zero-gradients"]
+    assert sound["flags"] == []
+    assert "val/strong_acc" in sound["metrics"]
+    assert "best trial=1 " in output
+
+
 def test_a_dry_run_touches_nothing_and_needs_no_cluster(tmp_path: Path) -> None:
     command = Command(tmp_path, {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"})
     before = sorted(tmp_path.rglob("*"))
@@ -185,7 +235,7 @@ def test_the_front_and_the_best_leave_out_what_cannot_be_believed() -> None:
         trial(0, 0.9, 0.1),
         trial(1, 0.8, 0.3),
         trial(2, 0.7, 0.2),  # beaten by 1
-        trial(3, 0.9, 0.9, flags=["zero_grad_frac=0.5>0.05"]),
+        trial(3, 0.9, 0.9, flags=["zero-gradients"]),
         trial(4, 0.9, 0.8, state="pruned"),
         trial(5, float("nan"), 0.9),
     ]
@@ -199,9 +249,9 @@ def test_the_front_and_the_best_leave_out_what_cannot_be_believed() -> None:
 @pytest.mark.parametrize(
     ("measured", "seen"),
     [
-        ({"val/robust_acc": 0.4, "val/zero_grad_frac": 0.0}, 0.4),
-        ({"val/robust_acc": 0.4, "val/zero_grad_frac": ZERO_GRAD_LIMIT * 1.1}, 0.0),
-        ({"val/robust_acc": float("nan"), "val/zero_grad_frac": 0.0}, 0.0),
+        ({"val/robust_acc": 0.4, "val/check/zero-gradients": 2.0}, 0.4),
+        ({"val/robust_acc": 0.4, "val/check/zero-gradients": 3.0}, 0.0),
+        ({"val/robust_acc": float("nan"), "val/check/zero-gradients": 0.0}, 0.0),
         ({}, 0.0),
     ],
 )

@@ -92,6 +92,8 @@ class Plan:
             f"workers_per_trial={launch.workers} cpus_per_trial={self.cpus_per_trial:g} gpus_per_trial={self.gpus_per_trial:g}",
             f"plan steps_per_trial={self.steps or 'unknown'} batch_size={config.train.batch_size} "
             f"checked_points={len(self.points)} storage={launch.storage}",
+            f"plan finalists={self.finalists.count} attack={self.finalists.attack['name']} on={config.data.val} "
+            f"samples={self.finalists.num_samples or 'all'}",
         ]
         if self.trial_s is None:
             lines.append("plan time=unknown note='the first trial will tell; a trial takes about 25 s to start'")

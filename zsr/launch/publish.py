@@ -10,13 +10,15 @@ from typing import Any
 
 import optuna
 
+from zsr.attacks.checks import CHECKS
 from zsr.config import RunConfig, to_yaml
 from zsr.launch.charts import draw_charts
-from zsr.launch.guard import ZERO_GRAD_LIMIT
+from zsr.launch.guard import CHECK, check_levels
 from zsr.launch.plan import Plan
 from zsr.launch.results import FRONT_AXES, Results, cost_unit, markdown, worker_hours
 from zsr.launch.space import point_config, point_overrides
 from zsr.launch.store import Store
+from zsr.launch.strong import STRONG
 from zsr.launch.trial import TrialPlan
 from zsr.launch.trials import TrialRecord
 from zsr.tracking import RunTracker, make_tracker
@@ -51,7 +53,8 @@ def record_sweep(tracker: RunTracker[Any], results: Results, plan: Plan, files: 
     """Put the outcome on the sweep's page: the best trial's numbers, named as in the trials, and the table as note."""
     numbers = {"cost/worker_hours": sum(worker_hours(trial, plan) for trial in results.trials)}
     if results.best is not None:
-        numbers |= {name: results.best.metrics[name] for name, _ in FRONT_AXES if name in results.best.metrics}
+        shown = [*(name for name, _ in FRONT_AXES), STRONG]
+        numbers |= {name: results.best.metrics[name] for name in shown if name in results.best.metrics}
     tracker.log_metrics(numbers, step=len(results.trials))
     tracker.set_tags({"mlflow.note.content": note})
     for file in files:
@@ -73,6 +76,11 @@ def settle_trials(results: Results, plan: Plan, trial_plan: TrialPlan, store: St
         if trial.state not in states or trial.attempts == 0:
             continue
         tracker = open_trial_tracker(trial, plan, trial_plan, store)
+        if STRONG in trial.metrics:
+            last_round = {
+                name: value for name, value in trial.metrics.items() if name == STRONG or name.startswith(CHECK)
+            }
+            tracker.log_metrics(last_round, step=int(trial.metrics.get("step", 0)) + 1)
         tracker.set_tags({"zsr.state": trial.state, "zsr.flags": ", ".join(trial.flags)})
         # The whole bill, start-up and lost attempts included; while it ran, the loop could count its own time alone.
         tracker.log_metrics(plan.rate.metrics(trial.seconds), step=int(trial.metrics.get("step", 0)) + 1)
@@ -126,14 +134,11 @@ def open_trial_tracker(trial: TrialRecord, plan: Plan, trial_plan: TrialPlan, st
 
 def _card(trial: TrialRecord, config: RunConfig, plan: Plan, trial_plan: TrialPlan) -> str:
     unit, per_hour = cost_unit(plan)
-    share = trial.metrics.get("val/zero_grad_frac", 0.0)
     return model_card(
         config,
-        trial.metrics,
+        {name: value for name, value in trial.metrics.items() if not name.startswith(CHECK)},
         title=f"Best of {trial_plan.sweep_id}",
-        checks=[
-            f"share of validation samples with an all-zero input gradient: {share:.3g} (limit {ZERO_GRAD_LIMIT:g})"
-        ],
+        checks=[f"{name}: {level}. {CHECKS[name]}" for name, level in check_levels(trial.metrics).items()],
         origin={
             "sweep": trial_plan.sweep_id,
             "trial": trial.number,
