@@ -95,8 +95,7 @@ def _plots(sheet: Sheet, look: Looks, row_of: dict[str, str], prefix: str) -> It
     families = list(group(attacked, lambda block: block.family).values())
     drawn = [over_epsilon(sheet, found, look, f"{prefix}-epsilon-{n}") for n, found in enumerate(families, 1)]
     drawn += [tradeoff(sheet, found, look, f"{prefix}-tradeoff-{n}") for n, found in enumerate(families, 1)]
-    for number, block in enumerate(attacked, 1):
-        drawn.append(set_bars(sheet, block, look, f"{prefix}-sets-{number}"))
+    drawn += [set_bars(sheet, found, look, f"{prefix}-sets-{n}") for n, found in enumerate(families, 1)]
     for number, block in enumerate(attacked, 1):
         drawn.append(survivors(sheet, block, look, row_of, f"{prefix}-survivors-{number}"))
     yield from (plot for plot in drawn if plot is not None)

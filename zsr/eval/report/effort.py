@@ -99,4 +99,4 @@ def survivors(sheet: Sheet, block: Block, looks: Looks, row_of: Mapping[str, str
     title = f"Survivors after each stage: {block.label}"
     set_title(figure, title)
     legend(figure, [handle(row, looks[row.key]) for row in sheet.rows if row.key in drawn])
-    return finish(figure, name, title, f"{title}. {some(said)}.")
+    return finish(figure, name, title, f"{title}. {some(said)}.", detail=True)

@@ -14,7 +14,7 @@ def tradeoff(sheet: Sheet, blocks: Sequence[Block], looks: Looks, name: str) -> 
     found = [(block, points) for block in blocks if (points := _points(sheet, block))]
     if not found:
         return None
-    figure, axes_list = panels(len(found), 4.2 if len(found) > 1 else 6.4, 3.6)
+    figure, axes_list = panels(len(found), 3.7 if len(found) > 1 else 6.4, 3.6)
     said = []
     for axes, (block, points) in zip(axes_list, found):
         attack = block.attack
@@ -68,9 +68,8 @@ def pareto(points: Mapping[str, tuple[Cell, Cell]]) -> set[str]:
 
 def over_epsilon(sheet: Sheet, blocks: Sequence[Block], looks: Looks, name: str) -> Plot | None:
     """Accuracy over the budgets of one attack, a panel for each set, with bands for the intervals."""
-    by_set = group([column for block in blocks for column in block.columns], lambda column: column.clean_key)
-    by_set = {key: columns for key, columns in by_set.items() if key in sheet.clean}
-    budget = {column.key: block.attack.eps for block in blocks if block.attack for column in block.columns}
+    by_set = _by_set(sheet, blocks)
+    budgets = [block.attack.eps for block in blocks if block.attack]
     attack = blocks[0].attack
     if attack is None or len(blocks) < 2 or not by_set:
         return None
@@ -79,10 +78,10 @@ def over_epsilon(sheet: Sheet, blocks: Sequence[Block], looks: Looks, name: str)
     drawn: dict[str, Row] = {}
     for row in sheet.rows:
         curves = []
-        for columns, key in zip(by_set.values(), by_set):
+        for key, columns in by_set.items():
             clean = sheet.clean[key].cells.get(row.key)
-            attacked = {budget[column.key]: column.cells[row.key] for column in columns if row.key in column.cells}
-            curves.append(({0.0: clean} if clean and attacked else {}) | dict(sorted(attacked.items())))
+            attacked = {budgets[place]: column.cells[row.key] for place, column in columns if row.key in column.cells}
+            curves.append(({0.0: clean} if clean and attacked else {}) | attacked)
         if several:
             shared = set.intersection(*(set(curve) for curve in curves))
             curves.append({eps: mean_cell([curve[eps] for curve in curves]) for eps in sorted(shared)})
@@ -91,7 +90,7 @@ def over_epsilon(sheet: Sheet, blocks: Sequence[Block], looks: Looks, name: str)
                 drawn[row.key] = row
                 _curve(axes, curve, looks[row.key])
     texts = {block.attack.eps: block.attack.eps_text for block in blocks if block.attack}
-    names = [sheet.clean[key].label for key in by_set] + ["mean of all sets"] * several
+    names = [sheet.clean[key].label for key in by_set] + [f"mean of {len(by_set)} sets, where all are known"] * several
     for axes, label in zip(axes_list, names):
         frame(axes, label)
         axes.set(xlabel=f"epsilon ({NORMS[attack.norm]})", ylabel="accuracy, %", ylim=(0, None))
@@ -103,42 +102,57 @@ def over_epsilon(sheet: Sheet, blocks: Sequence[Block], looks: Looks, name: str)
     return finish(figure, name, title, alt)
 
 
-def set_bars(sheet: Sheet, block: Block, looks: Looks, name: str) -> Plot | None:
-    """Robust accuracy of each row as a bar in front of its clean accuracy, a panel for each set."""
-    shown = [column for column in block.columns if column.cells]
-    rows = [row for row in sheet.rows if any(row.key in column.cells for column in shown)]
+def set_bars(sheet: Sheet, blocks: Sequence[Block], looks: Looks, name: str) -> Plot | None:
+    """Each row's accuracy as bars, a panel for each set: one bar in front of the other, clean first, then larger budgets."""
+    by_set = _by_set(sheet, blocks)
+    present = {row for columns in by_set.values() for _, column in columns for row in column.cells}
+    rows = [row for row in sheet.rows if row.key in present]
     if not rows:
         return None
-    figure, axes_list = panels(len(shown), 3.6 if len(shown) > 1 else 6.4, 0.22 * len(rows) + 0.9)
-    for axes, column in zip(axes_list, shown):
-        _bars(axes, rows, column, sheet.clean.get(column.clean_key), looks)
-    title = f"Accuracy by set: {block.label}"
+    figure, axes_list = panels(len(by_set), 3.3 if len(by_set) > 1 else 6.4, 0.24 * len(rows) + 0.9)
+    shades = [(place + 2) / (len(blocks) + 1) for place in range(len(blocks))]
+    for axes, (key, columns) in zip(axes_list, by_set.items()):
+        _bars(axes, rows, sheet.clean[key], [(shades[place], column) for place, column in columns], looks)
+    title = f"Accuracy by set: {_without_budget(blocks[0])}"
     set_title(figure, title)
     from matplotlib.patches import Patch
 
-    legend(figure, [Patch(color="#8c8c8c", label="robust, with 95 % interval"),
-                    Patch(color="#8c8c8c", alpha=0.25, label="clean")])  # fmt: skip
-    leaders = [f"{column.label}: highest {_leader(rows, column)}" for column in shown]
-    return finish(figure, name, title, f"{title}. Bars for {len(rows)} rows. {some(leaders)}.")
+    texts = [block.attack.eps_text for block in blocks if block.attack]
+    legend(
+        figure,
+        [Patch(color="#8c8c8c", alpha=shade, label=text) for shade, text in zip([0.2, *shades], ["clean", *texts])],
+    )
+    leaders = [f"{sheet.clean[key].label}: {_leader(rows, columns[-1][1])}" for key, columns in by_set.items()]
+    alt = (
+        f"{title}. Bars for {len(rows)} rows, clean and at {', '.join(texts)}. Highest at the largest: {some(leaders)}."
+    )
+    return finish(figure, name, title, alt)
 
 
-def _bars(axes: Any, rows: Sequence[Row], column: Column, clean: Column | None, looks: Looks) -> None:
+def _by_set(sheet: Sheet, blocks: Sequence[Block]) -> dict[str, list[tuple[int, Column]]]:
+    """By a set's clean column: its columns in these blocks, with the block's place."""
+    found = [(place, column) for place, block in enumerate(blocks) for column in block.columns]
+    by_set = group(found, lambda one: one[1].clean_key)
+    return {key: by_set[key] for key in sheet.clean if key in by_set}
+
+
+def _bars(
+    axes: Any, rows: Sequence[Row], clean: Column, attacked: Sequence[tuple[float, Column]], looks: Looks
+) -> None:
     for place, row in enumerate(rows):
-        color, cell = looks[row.key].color, column.cells.get(row.key)
-        before = clean.cells.get(row.key) if clean else None
-        if cell is None:
+        bars = [(shade, cell) for shade, column in [(0.2, clean), *attacked] if (cell := column.cells.get(row.key))]
+        if len(bars) < 2:
             axes.text(0.5, place, "not measured", va="center", fontsize=7, alpha=0.7)
             continue
-        if before:
-            axes.barh(place, 100 * before.value, color=color, alpha=0.25, height=0.75)
-        hatch = "///" if looks[row.key].hollow else None
-        axes.barh(place, 100 * cell.value, height=0.75, color=looks[row.key].fill, edgecolor=color, hatch=hatch)
-        axes.errorbar(100 * cell.value, place, xerr=_error(cell), color="#8c8c8c", linewidth=1, capsize=2)
-        if cell.failed:
-            axes.text(100 * cell.high + 1, place, "check failed", va="center", fontsize=7, color="#d55e00")
+        ends = [*(100 * cell.value for _, cell in bars[1:]), 0.0]
+        for (shade, cell), end in zip(bars, ends):  # a bar stops where the next begins: shades must not add up
+            axes.barh(place, 100 * cell.value - end, left=end, height=0.75, color=looks[row.key].color, alpha=shade)
+        for _, cell in bars:
+            error = {"color": "#6b6b6b", "linewidth": 0.8, "capsize": 1.5, "alpha": 0.8}
+            axes.errorbar(100 * cell.value, place, xerr=_error(cell), marker="x" if cell.failed else "", **error)
     axes.set_yticks(range(len(rows)), [row.label for row in rows])
     axes.set(xlabel="accuracy, %", xlim=(0, None), ylim=(len(rows) - 0.4, -0.6))
-    frame(axes, column.label, "x")
+    frame(axes, clean.label, "x")
 
 
 def _curve(axes: Any, curve: Mapping[float, Cell], look: Look) -> None:

@@ -12,9 +12,8 @@ from zsr.eval.report.words import interval, legend_lines, spread
 
 _ACROSS = 5
 """Columns of numbers that fit on a page beside the models."""
-_SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
-    c: f"\\{c}" for c in "&%$#_{}"
-}
+_NAMES = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
+_SPECIAL = {sign: rf"\text{name}{{}}" for sign, name in _NAMES.items()} | {sign: f"\\{sign}" for sign in "&%$#_{}"}
 
 
 def to_csv(cards: Sequence[ResultCard], rows: Mapping[str, Row]) -> str:

@@ -235,8 +235,9 @@ def _attack_label(attack: AttackInfo) -> str:
 
 def set_label(data: DatasetInfo) -> str:
     """A set's name, short enough for the head of a column."""
-    name = "/".join(data.key.rstrip("/").split("/")[-2:]) if "://" in data.key or data.key.startswith("/") else data.key
-    return name if data.split in ("test", "") or name.endswith(data.split) else f"{name}/{data.split}"
+    if "/" in data.key:  # an address, where the registry has no name
+        return "/".join(data.key.rstrip("/").split("/")[-2:])
+    return data.key if data.split == "test" or data.key.endswith(data.split) else f"{data.key}/{data.split}"
 
 
 def _settings(settings: dict[str, object]) -> str:

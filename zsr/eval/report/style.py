@@ -56,6 +56,8 @@ class Plot:
     png: bytes
     width: int
     """In CSS pixels."""
+    detail: bool = False
+    """Not for a first look."""
 
 
 Looks = Mapping[str, Look]
@@ -76,7 +78,7 @@ def looks(rows: Sequence[Row]) -> dict[str, Look]:
     return made
 
 
-def panels(count: int, width: float, height: float, across: int = 3) -> tuple[Any, list[Any]]:
+def panels(count: int, width: float, height: float, across: int = 4) -> tuple[Any, list[Any]]:
     """A figure of ``count`` axes in rows of ``across``, each of that size in inches.
 
     The figure is no part of pyplot's global state, so that a report can be made in any thread.
@@ -132,7 +134,7 @@ def some(items: Sequence[str], most: int = 8) -> str:
     return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
 
 
-def finish(figure: Any, name: str, title: str, alt: str) -> Plot:
+def finish(figure: Any, name: str, title: str, alt: str, detail: bool = False) -> Plot:
     """Render a figure as SVG and PNG."""
     import matplotlib as mpl
 
@@ -144,7 +146,7 @@ def finish(figure: Any, name: str, title: str, alt: str) -> Plot:
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    return Plot(name, title, alt, text, pixels.getvalue(), round(figure.get_figwidth() * 96))
+    return Plot(name, title, alt, text, pixels.getvalue(), round(figure.get_figwidth() * 96), detail)
 
 
 def save_plots(plots: Sequence[Plot], folder: Path) -> list[Path]:
