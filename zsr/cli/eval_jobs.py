@@ -135,7 +135,7 @@ def _track(order: Order, name: str, subject: Subject, cards: Sequence[tuple[Path
         tracker = own_tracker(order.mlflow_run, info.label, info.weights_digest, order.tracking_uri, folder)
         record_cards(tracker, cards)
     if order.log:
-        record_cards(training_tracker(name, order.tracking_uri, folder), cards)
+        record_cards(training_tracker(name, order.tracking_uri), cards)
 
 
 def results_folder(out: Path | None) -> Path:

@@ -113,13 +113,19 @@ def _with_interval(share: Share) -> str:
 
 
 def _sentences(cards: Sequence[ResultCard]) -> Iterator[str]:
+    """What was left after each stage, and what the checks found; the same finding at several budgets is said once."""
+    budgets: dict[tuple[str, str, str], list[str]] = {}
     for card in cards:
         if card.attack is None:
             continue
-        where = f"{card.dataset.key}{' behind ' + card.defense.name if card.defense else ''} {card.attack.eps_text}"
+        where = f"{card.dataset.key}{' behind ' + card.defense.name if card.defense else ''}"
+        label = f"{card.attack.name} {card.attack.eps_text}"
         if card.survivors:
             after = ", ".join(f"{stage} {percent(share.value)}" for stage, share in card.survivors.items())
-            yield f"{where}: after {after}"
+            yield f"{where} {label}: after {after}"
         for finding in card.checks:
             if finding.level in ("warn", "fail"):
-                yield f"{finding.level}: {where}: {finding.id}: {finding.sentence}"
+                what = (f"{finding.level}: {where}", finding.id, finding.sentence)
+                budgets.setdefault(what, []).append(label)
+    for (where, check, sentence), labels in budgets.items():
+        yield f"{where} {', '.join(dict.fromkeys(labels))}: {check}: {sentence}"

@@ -55,7 +55,7 @@ def own_tracker(name: str, label: str, digest: str, uri: str | None, folder: Pat
     )
 
 
-def training_tracker(model: str, uri: str | None, folder: Path) -> RunTracker:  # type: ignore[type-arg]
+def training_tracker(model: str, uri: str | None) -> RunTracker:  # type: ignore[type-arg]
     """The run that made a model, from the records in its folder.
 
     Raises:
@@ -66,18 +66,16 @@ def training_tracker(model: str, uri: str | None, folder: Path) -> RunTracker:  
     from zsr.tracking import make_tracker
     from zsr.tracking.spool import read_records
 
-    place = Path(model).expanduser()
-    if ":" in model and not place.exists():
-        raise ValueError(f"--log: {model} is no run's folder; name a run with --mlflow-run")
-    checkpoint = find_checkpoint(place)
+    try:
+        checkpoint = find_checkpoint(Path(model).expanduser())
+    except ValueError:
+        raise ValueError(f"--log: {model} is no run's folder; name a run with --mlflow-run") from None
     for run in (checkpoint, *list(checkpoint.parents)[:3]):
-        for spool in (sub / name for sub in (run, run / "tracking") for name in _SPOOLS):
+        for spool in (place / name for place in (run, run / "tracking") for name in _SPOOLS):
             start = next((record for record in read_records(spool) if record["kind"] == "start"), None)
             if start is None:
                 continue
-            tracked = TrackingConfig.model_validate(
-                {"name": "mlflow" if spool.name == _SPOOLS[0] else "jsonl", **start["config"]}
-            )
+            tracked = TrackingConfig.model_validate(start["config"])
             if uri is not None:
                 tracked = tracked.model_copy(update={"name": "mlflow", "uri": uri})
             return make_tracker(
@@ -85,6 +83,6 @@ def training_tracker(model: str, uri: str | None, folder: Path) -> RunTracker:  
                 run_name=start["name"],
                 key=start["key"],
                 parent=start["parent"],
-                folder=folder / "tracking" / run.name,
+                folder=spool.parent,
             )
     raise ValueError(f"--log: {checkpoint} belongs to no tracked run; name a run with --mlflow-run")

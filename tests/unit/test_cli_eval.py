@@ -1,0 +1,280 @@
+"""zsr eval as a person calls it: cards written and found again, suites, plans, and sentences for what is missing."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shard_factory import encode_image, make_image, make_shards, write_tar
+
+from zsr.cli.main import main
+from zsr.config import ModelConfig
+from zsr.data.storage import EMBEDDED
+from zsr.eval.card import ResultCard, card_schema, find_cards
+from zsr.models import load_model
+from zsr.models.export import export_open_clip
+
+torch.set_num_threads(1)
+FAST = ["--steps", 1, "--no-probes"]
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZSR_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("ZSR_CACHE", str(tmp_path / "cache"))
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return int(stopped.value.code or 0)
+
+
+def cards_in(folder: Path) -> list[ResultCard]:
+    return find_cards([folder])
+
+
+def test_a_card_lies_where_its_names_say_and_is_not_measured_twice(tiny_model_name, small_shards, tmp_path, capsys):
+    order = ["eval", "--model", tiny_model_name, "--data", small_shards, "--eps", "1/255", *FAST]
+    assert call(*order, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert said.count("to do: ") == 1 and not (tmp_path / "home").exists()
+    assert call(*order) == 0
+    table = capsys.readouterr().out
+    (path,) = (tmp_path / "home" / ".zsr" / "results").rglob("*.card.json")
+    (card,) = cards_in(tmp_path / "home")
+    assert path.name == f"pgd-1-255-{card.id}.card.json" and card.id in said
+    assert path.parent.parent.name == f"{card.model.label}-{card.model.weights_digest}"
+    assert path.parent.name.endswith(f"{card.dataset.split}") and "small" in path.parent.name
+    assert (path.parent / f"{card.id}.verdicts.jsonl").is_file()
+    assert card.dataset.samples == card.dataset.of == 50 and card.dataset.classes == 5
+    assert card.clean.total == 50 and card.robust is not None and card.robust.count <= card.clean.count
+    assert card.robust.low < card.robust.value < card.robust.high
+    assert card.cost.encoder_passes == 50 + 3 * card.clean.count  # PGD-1: forward, backward, and one to judge
+    assert {"zsr", "torch", "open_clip", "commit"} <= set(card.environment)
+
+    before = path.read_bytes()
+    assert call(*order) == 0
+    again = capsys.readouterr()
+    assert f"there already: {path.name}" in again.err and again.out == table
+    assert path.read_bytes() == before
+    assert call(*order, "--seed", 1, "--dry-run") == 0
+    assert "to do: " in capsys.readouterr().out
+
+    found = np.load(path.parent / f"{card.id}.examples.npz")
+    assert found["clean"].shape == found["attacked"].shape == (min(8, card.clean.count), 32, 32, 3)
+    assert found["clean"].dtype == np.uint8 and found["attacked"].dtype == np.float32
+    assert np.abs(found["attacked"] - found["clean"] / 255).max() <= 1 / 255 + 1e-6
+    assert found["key"].tolist() == sorted(found["key"].tolist())
+    assert (found["clean_pred"] == found["label"]).all() and found["class_names"].tolist()[4] == "class 4"
+
+
+def test_clean_predictions_are_shared_by_all_attacks_and_budgets(tiny_model_name, small_shards, tmp_path):
+    order = ["eval", "--model", tiny_model_name, "--data", small_shards, "--out", tmp_path, *FAST, "--num-samples", 10]
+    assert call(*order, "--eps", "1/255,2/255", "--attack", "pgd", "--attack", "cw") == 0
+    ledgers = list(tmp_path.rglob("*.verdicts.jsonl"))
+    attacks = [json.loads(path.read_text().splitlines()[0])["attack"] for path in ledgers]
+    assert sorted(attacks) == ["CW-1 1/255", "CW-1 2/255", "PGD-1 1/255", "PGD-1 2/255", "none"]
+    assert call(*order, "--attack", "none") == 0
+    (clean,) = (card for card in cards_in(tmp_path) if card.attack is None)
+    assert clean.robust is None and len(list(tmp_path.rglob("*.verdicts.jsonl"))) == 5
+
+
+def test_an_adaptive_attack_and_attacks_around_the_text_are_other_columns(tmp_path, capsys):
+    order = ["eval", "--model", "zsr:emoji-vit", "--data", "emoji_test_style", "--num-samples", 6, "--eps", "4/255"]
+    order += [*FAST, "--out", tmp_path, "--defense", "ttc"]
+    assert call(*order, "--attack", "pgd", "--attack", "adaptive", "--attack-set", "adaptive.eot=1") == 0
+    assert call(*order, "--craft-superclasses") == 0
+    assert call(*order, "--craft-template", "the sign of {}") == 0
+    cards = cards_in(tmp_path)
+    seen = sorted((card.attack.name, card.attack.knowledge, card.attack.crafted_on) for card in cards if card.attack)
+    texts = ("served", "superclasses", "the prompt 'the sign of {}'")
+    plain = [("pgd", knowledge, words) for knowledge in ("white-box", "oblivious") for words in texts]
+    assert seen == sorted([("adaptive", "adaptive", "served"), *plain])
+    assert len({card.column for card in cards}) == 7
+    assert {card.dataset.key for card in cards} == {"emoji_test_style"}
+    capsys.readouterr()
+
+
+def write_published(root: Path, name: str, classes: list[str], sizes: list[int], labels: list[int]) -> None:
+    """A set as CLIP_benchmark publishes it, of 32-pixel images."""
+    folder = root / name / "test"
+    folder.mkdir(parents=True)
+    numbers = iter(range(sum(sizes)))
+    for shard, size in enumerate(sizes):
+        samples = []
+        for number in (next(numbers) for _ in range(size)):
+            image = encode_image(make_image(number, 32, 32), "png")
+            samples.append((f"s{number:04d}", {"png": image, "cls": str(labels[number]).encode()}))
+        write_tar(folder / f"{shard}.tar", samples)
+    (folder.parent / "classnames.txt").write_text("".join(f"{one}\n" for one in classes))
+    (folder.parent / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\na {c}.\n")
+
+
+CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+STL = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> list[object]:
+    """Options for a protocol of three sets, two of which are there."""
+    labels = [0] * 12 + [number % 10 for number in range(12)]
+    write_published(tmp_path / "sets", "wds_vtab-cifar10", CIFAR, [10, 14], labels)
+    write_published(tmp_path / "sets", "wds_stl10", STL, [24], labels)
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "key: own\ntitle: own\nsource: a test\ndatasets: {cifar10: test, stl10: test, pcam: test}\nprompts: [own]\n"
+        "metric: mean_per_class\nattack_resolution: native\nnormalization: own\npreprocessing: own\n"
+        "training_set: null\naverages: {all: [], without_chance_level: [chance_level]}\nattacks: []\n"
+    )
+    return ["--suite", own, "--root", tmp_path / "sets"]
+
+
+def test_a_suite_is_measured_as_its_protocol_says(suite, tiny_model_name, tmp_path, capsys):
+    order = ["eval", "--model", tiny_model_name, *suite, "--eps", "2/255", *FAST]
+    assert call(*order, "--out", tmp_path / "cards") == 0
+    said = capsys.readouterr().out
+    assert "missing: PatchCamelyon (PCAM) (test) is not under" in said
+    assert "mean all (2 of 3 sets)" in said and "mean without_chance_level (2 of 2 sets)" in said
+    cards = {card.dataset.key: card for card in cards_in(tmp_path / "cards")}
+    assert sorted(cards) == ["cifar10", "stl10"]
+    cifar = cards["cifar10"]
+    assert cifar.dataset.templates == ["a photo of a {}.", "a {}."] and cifar.dataset.split == "test"
+    assert (cifar.protocol.suite, cifar.protocol.metric, cifar.protocol.resolution) == (
+        "own",
+        "mean_per_class",
+        "native",
+    )
+    assert cifar.dataset.pixels == 32 and cards["stl10"].dataset.pixels == 96
+    for card in cards.values():
+        assert card.robust is not None
+        # Half of the samples are of class 0: the mean over classes is not the mean over samples.
+        (ledger,) = (
+            path for path in (tmp_path / "cards").rglob("*.jsonl") if '"attack":"none"' in path.read_text()
+            and f'"set":"{card.dataset.key}"' in path.read_text()
+        )  # fmt: skip
+        lines = [json.loads(line) for line in ledger.read_text().splitlines()[1:]]
+        pred = {s: p for line in lines for s, p in zip(line["ids"], line["pred"]["bare"], strict=True)}
+        label = [0] * 12 + [number % 10 for number in range(12)]
+        right = [[pred[s] == label[s] for s in range(24) if label[s] == one] for one in range(10)]
+        assert card.clean.value == pytest.approx(sum(sum(rows) / len(rows) for rows in right) / 10)
+        assert card.clean.count == sum(map(sum, right))
+
+    assert call(*order, "--strict", "--out", tmp_path / "strict") == 2
+    assert "hf download --repo-type dataset clip-benchmark/wds_vtab-pcam" in capsys.readouterr().err
+    assert call(*order, "--dry-run", "--out", tmp_path / "plan") == 0
+    said = capsys.readouterr().out
+    assert said.count("to do: ") == 2 and "missing: Patch" in said and not (tmp_path / "plan").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "--model: names no model"),
+        (["--model", "zsr:emoji-vit", "--data", " , "], "--data: names no set"),
+        (["--model", "zsr:emoji-vit", "--data", "cifar10"], "--data cifar10 (test): say with --root which folder"),
+        (["--model", "zsr:emoji-vit", "--suite", "tga"], "tga is not a known suite"),
+        (["--model", "zsr:emoji-vit", "--suite", "fare13"], "--suite fare13: none of its sets is there"),
+        (["--model", "zsr:emoji-vit", "--suite", "embedded", "--template", "a {}"], "--template: the prompts are the suite's"),
+        (["--model", "zsr:emoji-vit", "--template", "a"], "--template 'a': needs {}"),
+        (["--model", "zsr:emoji-vit", "--attack", "none", "--attack", "pgd"], "--attack none: stands alone"),
+        (["--model", "zsr:emoji-vit", "--attack", "adaptive"], "--attack adaptive: needs a defence to know"),
+        (["--model", "zsr:emoji-vit", "--craft-template", "a"], "--craft-template 'a': needs {}"),
+        (["--model", "zsr:emoji-vit", "--attack", "none", "--craft-superclasses"], "--craft-superclasses: needs an attack"),
+        (["--model", "zsr:emoji-vit", "--log", "--attack", "none", "--num-samples", 1], "is no run's folder"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_answered_in_a_sentence(options, says, capsys):
+    assert call("eval", *options) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_schema_is_printed(capsys):
+    assert call("eval", "schema") == 0
+    assert json.loads(capsys.readouterr().out) == card_schema()
+
+
+def independent_accuracy(folder: Path) -> list[bool]:
+    """What open_clip's own functions have right on the emoji test_style set: its model, preprocessing and tokenizer."""
+    import open_clip
+
+    name = f"local-dir:{folder}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    model.eval()
+    place = EMBEDDED / "emoji" / "test_style"
+    index: dict[str, Any] = json.loads((place / "index.json").read_text())
+    classifier_DC = open_clip.build_zero_shot_classifier(
+        model,
+        open_clip.get_tokenizer(name),
+        index["classes"],
+        [lambda one, template=template: template.format(one) for template in index["templates"][:1]],
+        num_classes_per_batch=None,
+    )
+    right: list[bool] = []
+    for shard in index["shards"]:
+        pixels, labels = [], []
+        with tarfile.open(place / shard["file"]) as tar:
+            for member in tar.getmembers():
+                content = tar.extractfile(member).read()
+                if member.name.endswith(".cls"):
+                    labels.append(int(content))
+                elif not member.name.endswith((".json", ".txt")):
+                    pixels.append(preprocess(Image.open(io.BytesIO(content)).convert("RGB")))
+        with torch.no_grad():
+            image_BD = model.encode_image(torch.stack(pixels), normalize=True)
+        right += ((image_BD @ classifier_DC).argmax(1) == torch.tensor(labels)).tolist()
+    return right
+
+
+def test_open_clips_own_checkpoint_and_our_export_are_as_accurate_here_as_in_open_clip(tmp_path):
+    import open_clip
+    from open_clip.push_to_hf_hub import save_for_hf
+
+    model = load_model(ModelConfig(name="zsr:emoji-vit"))
+    with torch.no_grad():  # another model than the embedded one, on both sides of the text map
+        noise = torch.Generator().manual_seed(0)
+        for weight in (model.image.visual.proj, model.text_projection):
+            weight += 0.1 * weight.std() * torch.randn(weight.shape, generator=noise)
+    exported = export_open_clip(model, tmp_path / "exported")
+
+    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{exported}")
+    with torch.no_grad():
+        theirs.visual.proj *= 1 + 0.2 * torch.randn(theirs.visual.proj.shape, generator=noise)
+    saved = tmp_path / "saved"
+
+    class Tokenizer:
+        """open_clip's own has no files; its saver asks for them all the same."""
+
+        def save_pretrained(self, folder: Path) -> None: ...
+
+    save_for_hf(theirs, Tokenizer(), model.architecture, save_directory=saved)
+    assert (saved / "open_clip_config.json").is_file() and (saved / "open_clip_model.safetensors").is_file()
+
+    counts = []
+    for folder in (exported, saved):
+        right = independent_accuracy(folder)
+        out = tmp_path / f"cards-{folder.name}"
+        assert call("eval", "--model", folder, "--data", "zsr:emoji/test_style", "--attack", "none", "--out", out) == 0
+        (card,) = cards_in(out)
+        (ledger,) = out.rglob("*.verdicts.jsonl")
+        lines = [json.loads(line) for line in ledger.read_text().splitlines()[1:]]
+        index = json.loads((EMBEDDED / "emoji" / "test_style" / "index.json").read_text())
+        assert len(right) == card.clean.total == index["samples"] == 753
+        assert card.clean.count == sum(right)
+        assert sum(len(line["ids"]) for line in lines) == 753
+        counts.append(card.clean.count)
+    assert counts[0] != counts[1]
+
+
+def test_a_folder_of_shards_may_be_measured_by_address(tiny_model_name, tmp_path):
+    make_shards(tmp_path / "set", num_samples=6, num_classes=2, image_size=32)
+    assert call("eval", "--model", tiny_model_name, "--data", tmp_path / "set", "--attack", "none") == 0
+    (card,) = cards_in(tmp_path / "home")
+    assert card.dataset.key == card.dataset.address == str(tmp_path / "set")

@@ -1,0 +1,276 @@
+"""The measurement behind zsr eval: verdicts that depend on nothing but the sample, ledgers that survive a kill.
+
+Shapes: B images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from eval_bench import SEED, cascade, make_scene, plain, run_cascade
+from shard_factory import make_shards
+
+from zsr.attacks.base import input_gradients_only
+from zsr.attacks.checks import judge
+from zsr.attacks.noise import sample_seeds
+from zsr.attacks.pgd import PGD, PGDConfig
+from zsr.cli.main import main
+from zsr.data.shards import ShardSet
+from zsr.eval.card import find_cards
+from zsr.eval.images import Images
+from zsr.eval.ledger import Ledger, Line
+from zsr.eval.measure import bf16_finding
+from zsr.eval.runner import Moment, classify_clean, run_attack, survivors
+from zsr.eval.shares import share_of
+from zsr.eval.target import enlarge
+
+torch.set_num_threads(1)
+EMOJI = ("zsr:emoji-vit", "zsr:emoji/train", 64, 16)  # a split on which nearly all is right, so that attacks have work
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return make_scene(*EMOJI)
+
+
+def test_batches_and_stages_over_the_whole_set_change_no_verdict(emoji):
+    attack = cascade("2/255")
+    clean, verdicts = run_cascade(emoji, attack, batch_size=5)
+    assert 0 < (verdicts.stage == 0).sum() < verdicts.attacked.sum()  # some fall at once, some go on
+    assert plain(clean, verdicts) == plain(*run_cascade(emoji, attack, batch_size=16))
+
+    # AutoAttack's own cascade, on one batch.
+    rows = np.flatnonzero(verdicts.attacked)
+    batch = emoji.images.batch(emoji.images.ids[rows].tolist())
+    with input_gradients_only(emoji.target.seen.head.model.image):
+        found = attack.attack_classifier(
+            emoji.target.seen, batch.image.float() / 255, batch.label, sample_seeds(batch.key, "eval", SEED)
+        )
+        pred_B = emoji.target.seen(found.image_BCHW).argmax(-1)
+    assert verdicts.stage[rows].tolist() == found.stage_B.tolist()
+    assert verdicts.pred["bare"][rows].tolist() == pred_B.tolist()
+    assert verdicts.zero_grad[rows].tolist() == found.zero_grad_B.tolist()
+
+
+def test_only_survivors_go_on_in_full_batches(emoji):
+    ledger, attack = Ledger(None, ""), cascade("2/255")
+    clean = classify_clean(emoji, {"bare": Ledger(None, "")})
+    told: list[Moment] = []
+    verdicts = run_attack(emoji, attack, clean, ledger, batch_size=4, tell=told.append)
+    standing = set(emoji.images.ids[verdicts.attacked].tolist())
+    for stage, name in enumerate(attack.stages):
+        lines = [line for line in ledger.lines if line.stage == stage]
+        assert {sample for line in lines for sample in line.ids} == standing
+        assert all(len(line.ids) == 4 for line in lines[:-1])
+        moments = [moment for moment in told if moment.stage == name]
+        assert [moment.done for moment in moments] == np.cumsum([len(line.ids) for line in lines]).tolist()
+        standing -= {s for line in lines for s, success in zip(line.ids, line.success, strict=True) if success}
+        assert not moments or moments[-1].total - moments[-1].over == len(standing)
+    after = survivors(attack, clean, verdicts, emoji.images.label, "bare")
+    assert list(after) == list(attack.stages)
+    assert after["square"].count == len(standing)
+
+
+def test_facts_count_each_attacked_sample_once(emoji):
+    clean, verdicts = run_cascade(emoji, cascade("2/255"), batch_size=5)
+    lines = [*clean.lines["bare"], *verdicts.lines]
+    findings = {finding.id: finding for finding in judge(emoji.facts(cascade("2/255"), lines, "bare"))}
+    num = int(verdicts.attacked.sum())
+    for check in ("zero-gradients", "pixel-range", "epsilon-exceeded"):
+        assert findings[check].level == "ok" and f"none of {num} attacked" in findings[check].sentence
+    assert findings["label-range"].sentence.startswith(f"none of {len(emoji.images)} ")
+    assert max(line.excess for line in verdicts.lines) < 1e-6
+    assert sum(line.passes for line in clean.lines["bare"]) == len(emoji.images)
+
+
+def test_pgd_costs_two_passes_a_step_and_one_to_judge(emoji):
+    clean = classify_clean(emoji, {"bare": Ledger(None, "")})
+    attack = PGD(PGDConfig(eps="1/255", step_size="1/255", steps=3))
+    verdicts = run_attack(emoji, attack, clean, Ledger(None, ""))
+    assert sum(line.passes for line in verdicts.lines) == (2 * 3 + 1) * int(verdicts.attacked.sum())
+
+
+def test_epsilon_applies_at_the_size_that_is_attacked(tiny_model_name, tmp_path):
+    make_shards(tmp_path / "small", num_samples=12, num_classes=2, image_size=16)
+    scene = make_scene(tiny_model_name, tmp_path / "small", pixels=16)
+    assert scene.target.seen.head.model.image_size == 32
+    clean = classify_clean(scene, {"bare": Ledger(None, "")})
+    kept: dict[int, np.ndarray] = {}
+    attack = PGD(PGDConfig(eps="8/255", step_size="8/255", steps=2))
+    run_attack(scene, attack, clean, Ledger(None, ""), keep=lambda line, images: kept.update(images), num_keep=4)
+    assert len(kept) == 4
+    for sample, image_CHW in kept.items():
+        moved = np.abs(image_CHW - scene.images.batch([sample]).image[0].numpy() / 255)
+        assert image_CHW.shape == (3, 16, 16)
+        assert 8 / 255 - 1e-3 < moved.max() < 8 / 255 + 1e-6
+    image_BCHW = torch.rand(2, 3, 16, 16, requires_grad=True)
+    larger_BCHW = enlarge(image_BCHW, 32)
+    assert larger_BCHW.shape == (2, 3, 32, 32)
+    larger_BCHW.sum().backward()
+    assert image_BCHW.grad is not None and bool((image_BCHW.grad > 0).all())
+    same_BCHW = torch.rand(1, 3, 32, 32)
+    assert enlarge(same_BCHW, 32) is same_BCHW
+
+
+def test_images_are_decoded_once_and_labels_read_without_them(tmp_path, monkeypatch):
+    shards = ShardSet(make_shards(tmp_path / "set", num_samples=20, image_size=16))
+    images = Images(shards, 16, num_samples=7)
+    assert images.label.tolist() == [sample % 4 for sample in images.ids.tolist()]
+    read: list[int] = []
+    real = ShardSet.read
+    monkeypatch.setattr(
+        ShardSet, "read", lambda self, sample, only=None: read.append(sample) or real(self, sample, only)
+    )
+    ids = images.ids.tolist()
+    first, again = images.batch(ids[:4]), images.batch(ids[2:])
+    assert torch.equal(first.image[2:], again.image[:2])
+    assert sorted(read) == ids
+    assert [images.keys[sample] for sample in ids[:4]] == first.key
+    assert Images(shards, 16, num_samples=6).digest != images.digest == Images(shards, 32, num_samples=7).digest
+
+
+def test_a_ledger_drops_a_torn_line_and_nothing_else(tmp_path):
+    path = tmp_path / "ledger"
+    lines = [
+        Line(0, [1, 2], {"bare": [3, 4]}, success=[True, False], zero_grad=[False, False]),
+        Line(1, [2], {"bare": [4]}),
+    ]
+    with Ledger(path, "card") as ledger:
+        for line in lines:
+            ledger.append(line)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"stage":1,"ids":[5')
+    with Ledger(path, "card") as ledger:
+        assert ledger.lines == lines
+        ledger.append(lines[1])
+        with pytest.raises(ValueError, match="another zsr eval writes to it"):
+            Ledger(path, "card")
+    assert path.read_bytes() == whole + whole.splitlines(keepends=True)[-1]
+    with pytest.raises(ValueError, match="belongs to another measurement"):
+        Ledger(path, "other card")
+
+
+def test_the_mean_over_classes_weighs_classes_alike():
+    right, label = np.array([True, True, True, False]), np.array([0, 0, 0, 2])
+    share = share_of(right, label, by_class=True)
+    assert (share.count, share.total, share.value) == (3, 4, 0.5)
+    assert share_of(right, label).value == 0.75
+
+
+def test_bf16_verdicts_are_compared_on_the_image_that_counts():
+    lines = [
+        Line(0, [1, 2, 3], {"bare": [0, 0, 1]}, success=[False, False, True], fp32={"1": 0, "2": 5, "3": 0}),
+        Line(1, [1, 2], {"bare": [0, 1]}, success=[False, True], fp32={"1": 4, "2": 1}),
+    ]
+    # 1: survives as the first stage left it, both right; 2: broken by the second stage, both wrong; 3: fp32 has it right.
+    finding = bf16_finding(lines, {1: 0, 2: 0, 3: 0})
+    assert finding.value == pytest.approx(1 / 3)
+    assert finding.sentence.startswith("1 of 3 verdicts")
+
+
+def test_a_bf16_run_compares_its_verdicts_with_fp32(emoji):
+    tower = emoji.target.seen.head.model.image
+    tower.precision = "bf16"
+    try:
+        clean = classify_clean(emoji, {"bare": Ledger(None, "")})
+        attack = PGD(PGDConfig(eps="1/255", step_size="1/255", steps=1))
+        verdicts = run_attack(emoji, attack, clean, Ledger(None, ""), compare=True)
+        assert tower.precision == "bf16"
+    finally:
+        tower.precision = "fp32"
+    (line,) = verdicts.lines
+    assert {int(sample) for sample in line.fp32} == set(emoji.images.ids[verdicts.attacked].tolist())
+
+
+# Writes down each finished batch before its line is in the ledger, and takes its time over attacked ones.
+_WATCHED = """
+import os, sys, time
+import zsr
+from zsr.cli.main import main
+from zsr.eval.scene import Scene
+real = Scene.do
+def do(self, request):
+    answer = real(self, request)
+    if request.attack is not None:
+        with open(sys.argv[1], "a") as diary:
+            diary.write(f"{request.stage} {len(request.ids)}\\n")
+        time.sleep(0.1)
+    return answer
+Scene.do = do
+main(sys.argv[2:])
+"""
+
+
+def test_a_killed_evaluation_loses_at_most_one_batch_and_changes_nothing(tmp_path):
+    options = [
+        "eval",
+        "--model",
+        EMOJI[0],
+        "--data",
+        EMOJI[1],
+        "--num-samples",
+        "12",
+        "--batch-size",
+        "3",
+        "--attack",
+        "aa",
+    ]
+    options += ["--eps", "2/255", "--steps", "3", "--no-probes"]
+    options += [part for setting in ("queries=12", "target_classes=2") for part in ("--attack-set", setting)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(name: str, out: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", _WATCHED, str(tmp_path / name), *options, "--out", str(tmp_path / out)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def lines_of(out: str) -> list[Line]:
+        return [
+            line
+            for path in (tmp_path / out).rglob("*.verdicts.jsonl")
+            for line in (Line(**json.loads(text)) for text in path.read_text().splitlines()[1:])
+            if line.stage >= 0
+        ]
+
+    killed = start("first", "cards")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "first").exists() or len((tmp_path / "first").read_text().splitlines()) < 8:
+        assert killed.poll() is None and time.monotonic() < deadline, killed.stderr and killed.stderr.read().decode()
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    before = lines_of("cards")
+    finished = len((tmp_path / "first").read_text().splitlines())
+    assert finished - 1 <= len(before) <= finished
+    assert not find_cards([tmp_path / "cards"]) and {line.stage for line in before} > {0}
+
+    assert start("second", "cards").wait(180) == 0
+    with pytest.raises(SystemExit) as stopped:
+        main([*options, "--out", str(tmp_path / "uninterrupted")])
+    assert not stopped.value.code
+    after, whole = lines_of("cards"), lines_of("uninterrupted")
+    assert after[: len(before)] == before
+    assert len((tmp_path / "second").read_text().splitlines()) == len(after) - len(before)
+    for stage in {line.stage for line in whole}:
+        done = [sorted(s for line in lines if line.stage == stage for s in line.ids) for lines in (after, whole)]
+        assert done[0] == done[1]
+    (card,), (expected,) = (find_cards([tmp_path / name]) for name in ("cards", "uninterrupted"))
+    assert (card.id, card.clean, card.robust, card.survivors) == (
+        expected.id,
+        expected.clean,
+        expected.robust,
+        expected.survivors,
+    )
+    examples = [np.load(next((tmp_path / name).rglob("*.examples.npz"))) for name in ("cards", "uninterrupted")]
+    for name in examples[0].files:
+        if name == "attacked":
+            np.testing.assert_allclose(examples[0][name], examples[1][name], atol=1e-4)
+        else:
+            np.testing.assert_array_equal(examples[0][name], examples[1][name])
