@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
 
 from zsr.engine.shelf import Shelf, Write, name_of
-from zsr.launch.remote_shelf import RemoteShelf
+from zsr.launch.records import keep_records
+from zsr.launch.remote_shelf import RemoteShelf, patiently
 from zsr.launch.store import Store, scratch
 
 FOLDER = "checkpoints"
@@ -41,6 +43,7 @@ class RaySession:
         self.folder: Path = scratch(store.root) / f"rank-{self.rank}"
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
+        self._store = store
         self.shelf: Shelf | RemoteShelf
         if store.is_local:
             self.shelf = Shelf(store.folder(FOLDER), keep)
@@ -77,6 +80,7 @@ class RaySession:
 
         def upload(_: Checkpoint, name: str) -> Checkpoint:
             try:
+                patiently(partial(keep_records, self._store))
                 self.shelf.put(int(metrics["step"]), checkpoint)
             except BaseException as problem:
                 self._problem = problem

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -24,6 +25,7 @@ from zsr.config import RunConfig
 from zsr.config.schema import LaunchConfig
 from zsr.engine.protocols import Session, Tracker
 from zsr.launch.cost import priced
+from zsr.launch.records import FOLDER, bring_records
 from zsr.launch.remote_shelf import patiently
 from zsr.launch.session import RaySession
 from zsr.launch.store import Store
@@ -212,6 +214,7 @@ def run_worker(arguments: dict[str, Any]) -> RunOutcome:
     config = RunConfig.model_validate(task.config)
     session = RaySession(store.child(task.name), config.train.keep_checkpoints)
     loop = arguments["loop"] or engine_loop()
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it announces each report with all its numbers
     if session.rank == 0:
         logging.getLogger("zsr").setLevel(logging.INFO)
         logging.basicConfig(format="%(message)s", stream=sys.stdout)
@@ -244,11 +247,12 @@ def engine_loop() -> Loop:
 
 def open_tracker(task: RunTask, config: RunConfig, store: Store) -> RunTracker[Any]:
     """Rank 0's tracker; its records lie beside the checkpoints, where a restart on another node finds them."""
+    patiently(partial(bring_records, store.child(task.name)))
     return make_tracker(
         config.tracking,
         run_name=task.title,
         key=task.key,
         parent=task.parent,
-        folder=store.folder(task.name, "tracking"),
+        folder=store.folder(task.name, FOLDER),
         tags=task.tags,
     )
