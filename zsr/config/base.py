@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Config(BaseModel):
@@ -33,3 +34,29 @@ def parse_fraction(value: Any) -> Any:
 PixelUnits = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0, allow_inf_nan=False)]
 Weight = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, BeforeValidator(parse_fraction), Field(gt=0, allow_inf_nan=False)]
+
+
+_PASSWORD = re.compile(r"""(?<=://)([^/@:\s]*:)[^@\s]*(?=@)|([?&](?:ssl)?password=)[^&\s'"]*""")
+
+
+def without_password(text: str) -> str:
+    """The text with stars for the password of any address in it."""
+    return _PASSWORD.sub(lambda found: f"{found[1] or found[2]}***", text)
+
+
+def refuse_password(address: str) -> str:
+    """An address as it may be kept: settings travel into checkpoints, logs and the tracker.
+
+    Raises:
+        ValueError: it has a password in it.
+    """
+    if _PASSWORD.search(address):
+        raise ValueError(
+            "has a password in it, which checkpoints, logs and the tracker would keep; leave it out of the address and set "
+            "PGPASSWORD or ~/.pgpass for PostgreSQL, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for MLflow"
+        )
+    return address
+
+
+Address = Annotated[str, AfterValidator(refuse_password)]
+"""Address of a server or database, never with a password."""

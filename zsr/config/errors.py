@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from zsr.config.base import without_password
 from zsr.config.plugins import PluginConfig, PluginField
 
 _EXPECTED = {
@@ -102,10 +103,10 @@ def closest_path(path: str, known: Sequence[str]) -> str | None:
 
 
 def show(value: Any) -> str:
-    """A value as a reader would write it, cut where it gets long."""
+    """A value as a reader would write it, cut where it gets long, without the password of an address."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    text = without_password(repr(value) if isinstance(value, str) else json.dumps(value, default=str))
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from zsr.config.base import Config, Positive, Weight
+from zsr.config.base import Address, Config, Positive, Weight
 from zsr.config.plugins import PluginConfig, PluginField, Registry
 
 OBJECTIVES = Registry("objective", "zsr.objectives")
@@ -129,7 +129,7 @@ class TrackingConfig(Config):
     """Where metrics go. The tracker's own address comes from its usual environment variable when empty."""
 
     name: Literal["null", "jsonl", "mlflow"] = "jsonl"
-    uri: str | None = None
+    uri: Address | None = None
     experiment: str = "zsr"
 
 
@@ -146,6 +146,8 @@ class LaunchConfig(Config):
     gpus_per_worker: Weight = 0
     storage: str = ".zsr/runs"
     """Folder or ``s3://`` prefix for checkpoints."""
+    search: Address | None = None
+    """Database of a sweep's search, such as ``postgresql://user@host/database``; a journal beside the trials when empty."""
     max_failures: CountOrNone = 2
     """Worker failures survived from the last checkpoint; preemptions are not counted."""
     gpu_hour_price: Weight = 0.0

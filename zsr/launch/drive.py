@@ -24,6 +24,7 @@ from zsr.launch.finalists import measure_on_ray, settle_finalists  # noqa: E402
 from zsr.launch.progress import Progress  # noqa: E402
 from zsr.launch.results import Results, judge, print_rows, print_table  # noqa: E402
 from zsr.launch.search import SweepSearch, make_scheduler  # noqa: E402
+from zsr.launch.study import Journal, close_study, open_study_storage  # noqa: E402
 from zsr.launch.trial import TrialPlan, trial_function  # noqa: E402
 from zsr.tracking.card import markdown_table  # noqa: E402
 from zsr.tracking.environment import source_commit  # noqa: E402
@@ -41,7 +42,7 @@ def drive(sweep: Sweep, plan: Plan, store: Store, sweep_id: str, asked: Mapping[
     demand, capacity = Demand.of(plan.config.launch), attach(worker_output=False)
     concurrent = settle_concurrency(demand, capacity, plan.num_trials, plan.max_concurrent)
     trial_plan = TrialPlan(sweep_id, plan.tree, plan.metrics, store.root, sweep.loop)
-    study_storage = open_study_storage(store)
+    study_storage = open_study_storage(store, plan.config.launch.search)
     store.write_json({"id": sweep_id, "name": plan.name, "asked": dict(asked)}, "sweep.json")
     commit = source_commit()
     tracker = publish.open_sweep_tracker(plan, trial_plan, store, {"zsr.commit": commit} if commit else {})
@@ -97,6 +98,7 @@ def run_trials(
             book,
             sweep.first,
             plan.budget,
+            None if plan.config.launch.search else Journal(store),
         )
         tune.Tuner(
             trainable,
@@ -169,22 +171,6 @@ def tracker_pages(plan: Plan, trial_plan: TrialPlan) -> tuple[str, str] | None:
 
     tracking = plan.config.tracking
     return run_pages(mlflow_uri(tracking.uri), tracking.experiment, trial_plan.parent_key)
-
-
-def open_study_storage(store: Store) -> optuna.storages.BaseStorage:
-    """Optuna's storage: a journal in the sweep's folder. With a bucket, one on this machine (the head node)."""
-    from optuna.storages.journal import JournalFileBackend
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna.storages.JournalStorage(JournalFileBackend(str(store.folder("search") / "optuna.journal")))
-
-
-def close_study(storage: optuna.storages.BaseStorage, sweep_id: str) -> optuna.Study:
-    """The study, with no trial left running: one that a crash cut off would else count as running for ever."""
-    study = optuna.load_study(study_name=sweep_id, storage=storage)
-    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-    return study
 
 
 def close_book(book: TrialBook) -> list[Any]:

@@ -14,6 +14,7 @@ from ray.tune.search.optuna import OptunaSearch
 from zsr.config import RunConfig
 from zsr.launch.cost import Budget
 from zsr.launch.space import Point, Space
+from zsr.launch.study import Journal
 from zsr.launch.trials import TrialBook
 
 
@@ -30,6 +31,7 @@ class SweepSearch(OptunaSearch):
         book: where trials are written down.
         first: points to try before the sampler chooses, by the names that the space gives its suggestions.
         budget: what the sweep may cost; without one it runs all its trials.
+        journal: the file that ``storage`` writes to, if it is one.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class SweepSearch(OptunaSearch):
         book: TrialBook,
         first: Sequence[Mapping[str, Any]] = (),
         budget: Budget | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        self._book, self._budget = book, budget
+        self._book, self._budget, self._journal = book, budget, journal
         names, modes = [name for name, _ in metrics], [mode for _, mode in metrics]
         single = len(metrics) == 1
         super().__init__(
@@ -77,8 +80,16 @@ class SweepSearch(OptunaSearch):
     def save(self, checkpoint_path: str) -> None:
         # The space is code: it comes back with the sweep file, not from a pickle that may refer to another __main__.
         state = {key: value for key, value in self.__dict__.items() if key != "_space"}
+        journal = self._journal.read() if self._journal else b""
         with open(checkpoint_path, "wb") as file:
-            pickle.dump(state, file)
+            pickle.dump((journal, pickle.dumps(state)), file)
+
+    def restore(self, checkpoint_path: str) -> None:
+        with open(checkpoint_path, "rb") as file:
+            journal, state = pickle.load(file)
+        if self._journal:
+            self._journal.bring_back(journal)  # before the study is loaded, which reads it
+        self.__dict__.update(pickle.loads(state))
 
 
 class _Suggest:

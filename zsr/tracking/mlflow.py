@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from zsr.config.base import refuse_password, without_password
 from zsr.engine.protocols import RunStatus
 from zsr.tracking.base import RunIdentity, RunTracker, TrackerConfig, key_text, log
 from zsr.tracking.sender import RejectedError, Sender
@@ -75,7 +76,7 @@ def mlflow_uri(uri: str | None) -> str:
     """The server's address from the settings or the environment.
 
     Raises:
-        ValueError: neither has one.
+        ValueError: neither has one, or it has a password in it.
     """
     found = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not found:
@@ -83,7 +84,10 @@ def mlflow_uri(uri: str | None) -> str:
             "tracking.uri is empty and MLFLOW_TRACKING_URI is not set; set one of them to the MLflow server's address, "
             "or choose tracking.name=jsonl"
         )
-    return found
+    try:
+        return refuse_password(found)
+    except ValueError as error:
+        raise ValueError(f"MLFLOW_TRACKING_URI={without_password(found)}: {error}") from None
 
 
 class RemoteRun:
