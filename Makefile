@@ -8,7 +8,7 @@ STAMP := $(VENV)/.zsr-setup
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo down test test-slow test-all imagenet-rehearsal shipped-sets lint format clean
+.PHONY: help setup demo down test test-slow test-all chaos imagenet-rehearsal shipped-sets lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ shipped-sets: $(STAMP) ## Make test sets under .zsr/sets from packages of Debian
 
 imagenet-rehearsal: $(STAMP) ## 20,480 images from a tar of tars, through kills and a bad network, into training
 	$(BIN)/python -m pytest -q -s tests/slow/test_imagenet_rehearsal_full.py
+
+chaos: $(STAMP) ## Break 20 runs at random moments, RUNS=n for others: workers, nodes, drivers, S3, MLflow, links
+	@$(BIN)/python -m zsr.launch.chaos --runs $(or $(RUNS),20) --seed $(or $(SEED),0) $(if $(REPORT),--report $(REPORT))
 
 lint: $(STAMP) ## Check style, types and which room imports which
 	$(BIN)/ruff check .
