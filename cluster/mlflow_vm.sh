@@ -21,7 +21,7 @@ CONSTRAINTS
   umask 022
   test -x /opt/mlflow/venv/bin/python || python3 -m venv /opt/mlflow/venv
   /opt/mlflow/venv/bin/pip install --no-cache-dir --constraint /opt/mlflow/constraints.txt \
-    'mlflow[auth]==3.17.2' boto3==1.44.5 psycopg2-binary==2.9.13 google-cloud-storage==3.17.1
+    'mlflow[auth]==3.17.2' boto3==1.44.5 'psycopg[binary]==3.3.9' google-cloud-storage==3.17.1
 )
 
 # No password between MLflow and its database: PostgreSQL listens on a socket, and asks the kernel who is at the other end.

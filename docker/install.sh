@@ -63,7 +63,7 @@ requirements() {
 import sys, tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
 extras = project["optional-dependencies"]
-print("\n".join([*project["dependencies"], *extras["ray"], *extras["mlflow"], *extras["s3"]]))
+print("\n".join([*project["dependencies"], *extras["ray"], *extras["mlflow"], *extras["s3"], *extras["postgres"]]))
 PYTHON
 }
 

@@ -26,9 +26,14 @@ class Postgres:
     password: str
     process: subprocess.Popen[bytes]
 
-    @property
-    def with_password(self) -> str:
-        return self.url.replace("zsr@", f"zsr:{self.password}@")
+    def create(self, name: str) -> str:
+        """Make a database; return its address."""
+        import psycopg
+        import psycopg.sql
+
+        with psycopg.connect(self.url, password=self.password, autocommit=True) as connection:
+            connection.execute(psycopg.sql.SQL("CREATE DATABASE {}").format(psycopg.sql.Identifier(name)))
+        return self.url.replace("/postgres", f"/{name}")
 
 
 def binaries() -> Path:

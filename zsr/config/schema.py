@@ -147,7 +147,7 @@ class LaunchConfig(Config):
     storage: str = ".zsr/runs"
     """Folder or ``s3://`` prefix for checkpoints."""
     search: Address | None = None
-    """Database of a sweep's search, such as ``postgresql://user@host/database``; a journal beside the trials when empty."""
+    """Database of a sweep's search, such as ``postgresql://user@host/database``, not MLflow's own; a journal when empty."""
     max_failures: CountOrNone = 2
     """Worker failures survived from the last checkpoint; preemptions are not counted."""
     gpu_hour_price: Weight = 0.0
