@@ -39,6 +39,7 @@ from zsr.attacks.base import (
     check_pixel_units,
 )
 from zsr.attacks.noise import derived_seeds, fill_uniform
+from zsr.attacks.pgd import PGD, PGDConfig
 from zsr.config.base import PixelUnits, Weight
 from zsr.defenses.base import Through
 
@@ -57,6 +58,9 @@ class Surrogate(Protocol):
             through: how gradients go back through the defence.
         """
 
+    def bare(self, image_BCHW: Tensor) -> Tensor:
+        """Logits ``[B, C]`` without the defence, differentiable."""
+
 
 class AdaptiveConfig(BoundedConfig):
     name: Literal["adaptive"] = "adaptive"
@@ -65,6 +69,8 @@ class AdaptiveConfig(BoundedConfig):
     steps: Annotated[int, Field(ge=0)] = 10
     restarts: Count = 1
     """Independent random starts; the best image of all is kept, per sample."""
+    start: Literal["bare", "random"] = "bare"
+    """From where the bare model's loss leads in as many steps, or from the random start itself."""
     eot: Count = 10
     """Draws of the defence's noise that each gradient is the mean of."""
     through: Through = "unrolled"
@@ -98,6 +104,12 @@ class _Seen:
 class Adaptive(BoundedAttack[AdaptiveConfig]):
     """Projected gradient ascent on what the defended classifier is expected to lose."""
 
+    def __init__(self, config: AdaptiveConfig) -> None:
+        super().__init__(config)
+        steps = config.steps if config.start == "bare" else 0
+        shared = config.model_dump(include={"norm", "eps", "step_size", "schedule"})
+        self._start = PGD(PGDConfig(**shared, steps=steps))
+
     def attack_defended(
         self, surrogate: Surrogate, image_BCHW: Tensor, label_B: Tensor, seeds: Sequence[int]
     ) -> AttackResult:
@@ -117,7 +129,10 @@ class Adaptive(BoundedAttack[AdaptiveConfig]):
             return AttackResult(image_BCHW, zero_grad_B)
         best: _Seen | None = None
         for restart in range(self.config.restarts):
-            delta_BCHW = threat.random_start(image_BCHW, derived_seeds(seeds, "adaptive", restart))
+            start_BCHW = self._start.attack_classifier(
+                surrogate.bare, image_BCHW, label_B, derived_seeds(seeds, "adaptive", restart)
+            ).image_BCHW
+            delta_BCHW = threat.project(start_BCHW - image_BCHW, image_BCHW)
             for step in range(self.config.steps + 1):
                 last = step == self.config.steps
                 seen, grad_BCHW = self._look(

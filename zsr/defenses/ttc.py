@@ -98,8 +98,8 @@ class TTC(Defense[TTCConfig]):
                     tau_B = relative_shift(shifted_BD, anchor_BD)
                 stable_B111 = (tau_B < self.config.threshold).view(-1, 1, 1, 1)
                 mixed_BCHW = torch.where(stable_B111, first_weight * delta_BCHW, delta_BCHW)
-            step_BCHW = self.config.step_size * _straight_through(grad_BCHW.sign(), grad_BCHW)
-            delta_BCHW = self._project(delta_BCHW + step_BCHW, image_BCHW)
+            sign_BCHW = _straight_through(grad_BCHW.sign(), _fitted_slope(grad_BCHW) * grad_BCHW)
+            delta_BCHW = self._project(delta_BCHW + self.config.step_size * sign_BCHW, image_BCHW)
             # The gate is a select, not a branch: no wait for the device, and both kinds of image share a batch.
             mixed_BCHW = torch.where(stable_B111, mixed_BCHW + weight * delta_BCHW, mixed_BCHW)
         assert tau_B is not None
@@ -134,6 +134,12 @@ def _away_from(anchor_BD: Tensor, victim: Tower, image_BCHW: Tensor, unrolled: b
         distance = (shifted_BD - anchor_BD).square().sum()
         (grad_BCHW,) = torch.autograd.grad(distance, image_BCHW, retain_graph=differentiable, create_graph=unrolled)
     return shifted_BD if differentiable else shifted_BD.detach(), grad_BCHW
+
+
+def _fitted_slope(grad_BCHW: Tensor) -> Tensor:
+    """The c of each sample, ``[B, 1, 1, 1]``, for which ``c grad`` is closest to ``sign(grad)``: sum |g| / sum g^2."""
+    flat = grad_BCHW.detach().flatten(1)
+    return (flat.abs().sum(1) / flat.square().sum(1).clamp_min(torch.finfo(flat.dtype).tiny)).view(-1, 1, 1, 1)
 
 
 def _into_box(image_BCHW: Tensor) -> Tensor:

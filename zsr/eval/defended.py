@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -97,15 +98,7 @@ class DefendedCLIP:
             head: classifies purified images; of this model.
         """
 
-        def defended(image_BCHW: Tensor, noise_BCHW: Tensor, through: Through) -> tuple[Tensor, Tensor]:
-            victim, frozen = self.model.image, self.frozen
-            with _twice_differentiable(victim, frozen) if through == "unrolled" else nullcontext():
-                purified_BCHW, margin_B = self.defense.purify_differentiably(
-                    victim, frozen, image_BCHW, noise_BCHW, through
-                )
-                return head(purified_BCHW), margin_B
-
-        return defended
+        return _Surrogate(self, head)
 
     def scores(self, head: ZeroShotHead, draws: int = 1, seed: int = 0) -> Logits:
         """Logits of the defended classifier, without gradients, for attacks that need nothing else, such as Square.
@@ -130,6 +123,23 @@ class DefendedCLIP:
             return torch.stack(each_BC).mean(0)
 
         return mean_logits
+
+
+@dataclass(frozen=True)
+class _Surrogate:
+    defended: DefendedCLIP
+    head: ZeroShotHead
+
+    def __call__(self, image_BCHW: Tensor, noise_BCHW: Tensor, through: Through) -> tuple[Tensor, Tensor]:
+        victim, frozen = self.defended.model.image, self.defended.frozen
+        with _twice_differentiable(victim, frozen) if through == "unrolled" else nullcontext():
+            purified_BCHW, margin_B = self.defended.defense.purify_differentiably(
+                victim, frozen, image_BCHW, noise_BCHW, through
+            )
+            return self.head(purified_BCHW), margin_B
+
+    def bare(self, image_BCHW: Tensor) -> Tensor:
+        return self.head(image_BCHW)
 
 
 @contextmanager
