@@ -3,18 +3,22 @@
     max over the ball of  E_u [ CE(h(D(x + delta, u)), y) - w relu(threshold - tau(x + delta, u)) ]
 
 D is the defence and u its noise; h classifies. The expectation is the mean over ``eot`` draws (EOT, Athalye et al., ICML 2018,
-arXiv 1802.00420), new ones at each step, from the attacker's own random numbers. Gradients go back through the defence with
-signs and cuts left out (BPDA, same paper): ``unrolled`` through each counterattack step, which takes gradients of gradients;
-``identity`` as if the defence added a constant. The second term is how far an image is inside the region where the defence
-acts: with it, the attack leaves that region and the defence falls back to noise. METHODS.md gives its sign; no paper gives its
-weight w [RECON], and w = 0 leaves the gate alone.
+arXiv 1802.00420), new ones at each step, from the attacker's own random numbers. Gradients go back through the defence by BPDA
+(same paper): ``unrolled`` through each counterattack step, which takes gradients of gradients, with cuts left out and, in
+place of the sign of a gradient, the straight line that fits it best (zsr/defenses/ttc.py says why); ``identity`` as if
+the defence added a constant. The second term is how far an image is inside the region where the defence acts: with it, the
+attack leaves that region and the defence falls back to noise. METHODS.md gives its sign; no paper gives its weight w [RECON],
+and w = 0 leaves the gate alone.
+
+A run begins with as many steps on the bare model, whose loss is cheap and rises fast (``start``).
 
 Kept is, sample by sample, the iterate at which most draws were misclassified, and among those the one of highest mean
 cross-entropy. Whether the defence stands is for the defence itself to say, with noise that the attacker has not seen.
 
 Cost, against TTC with N counterattack steps: steps x eot x (3 + 2 N) units for identity and about steps x eot x (4 + 5 N) for
 unrolled, 2 more with w > 0 for identity; 4 more either way where the gate is a tower of its own; and one look without
-gradient, eot x (2 + 2 N), for each restart. At the defaults (N = 2, 10 steps) that is 1460 units; PGD-10 takes 20.
+gradient, eot x (2 + 2 N), and 2 steps on the bare model, for each restart. At the defaults (N = 2, 10 steps) that is about
+1480 units; PGD-10 takes 20.
 
 Shapes: B images, C channels (or classes, in logits), H x W pixels.
 """

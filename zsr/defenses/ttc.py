@@ -74,8 +74,12 @@ class TTC(Defense[TTCConfig]):
     def purify_differentiably(
         self, victim: Tower, frozen: Tower, image_BCHW: Tensor, noise_BCHW: Tensor, through: Through
     ) -> tuple[Tensor, Tensor]:
-        """See the base class. Signs and cuts pass gradients as if they were not there (BPDA, Athalye et al., ICML 2018), the
-        gate is the constant that it was, and the margin is ``threshold - tau``."""
+        """See the base class. The margin is ``threshold - tau``, and the gate is the constant that it was.
+
+        Cuts pass gradients as if they were not there (BPDA, Athalye et al., ICML 2018). A sign passes them as the straight line
+        through zero that fits it best over a sample's pixels does [RECON]: taken for the identity, as METHODS.md (b) 8 has
+        it, a step would count for as much as the unit that features happen to have (on zsr:emoji-vit, a hundredth).
+        """
         return self._purify(victim, frozen, image_BCHW, noise_BCHW, unrolled=through == "unrolled")
 
     def _purify(
