@@ -1,4 +1,4 @@
-"""``zsr bench``: what a step costs on this machine, against what the official loops do."""
+"""``zsr bench``: what a step, and the images for it, cost on this machine, against what is usual."""
 
 from __future__ import annotations
 
@@ -13,11 +13,6 @@ if TYPE_CHECKING:
     from zsr.bench.compare import Row, Spread
 
 app = typer.Typer(help="Measure zsr on this machine.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps ``step`` a command of its own while it is the only one."""
 
 
 @app.command()
@@ -87,6 +82,72 @@ def step(
         typer.echo(f"missed: {', '.join(missed)}", err=True)
         if check:
             raise typer.Exit(1)
+
+
+@app.command()
+def data(
+    images: Annotated[
+        str | None, typer.Option("--images", metavar="SET", help="A set to take images from; made-up JPEGs without.")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="How many images.")] = 16,
+    repeats: Annotated[int, typer.Option("--repeats", min=1)] = 7,
+    rates: Annotated[
+        str, typer.Option("--gpu-rate", help="Images/s of a GPU, with commas: how many cores feed it.")
+    ] = "500,1000,2000,5000",
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 if the bar or the bound on pixels is missed.")
+    ] = False,
+) -> None:
+    """Time the preparation of images on one core, and open_clip's usual pipeline in turns with it."""
+    from dataclasses import asdict
+
+    from zsr.bench import data as room
+    from zsr.cli.output import print_table
+
+    try:
+        wanted = [float(rate) for rate in rates.split(",")]
+    except ValueError:
+        raise ValueError(f"--gpu-rate {rates}: should be numbers with commas, such as 500,1000") from None
+    rows, pixels = room.measure(room.take_images(images, count), repeats)
+    whole = next(row for row in rows if row.stage == room.WHOLE)
+    reached = whole.ratio.median >= room.BAR and pixels.in_bounds
+    cores = {f"{rate:g}": room.cores_for(rate, whole.images_per_s.median) for rate in wanted}
+    if as_json:
+        found = {"rows": [asdict(row) for row in rows], "pixels": asdict(pixels), "cores": cores, "reached": reached}
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        kind = f"images of {images}" if images else "made-up JPEGs of 500x375"
+        print_table(
+            f"{kind}, images/s of one core in CPU time; medians, quartiles in brackets",
+            ["stage", "ours", "ours ms", "Pillow + torchvision", "ms", "ratio", "bar"],
+            [
+                [
+                    row.stage,
+                    _spread(row.images_per_s, 0),
+                    f"{1e3 / row.images_per_s.median:.2f}",
+                    _spread(row.their_images_per_s, 0),
+                    f"{1e3 / row.their_images_per_s.median:.2f}",
+                    _spread(row.ratio),
+                    f"{room.BAR:g}" if row is whole else "-",
+                ]
+                for row in rows
+            ],
+        )
+        typer.echo(
+            f"pixels: {pixels.share:.2%} of the values differ from theirs, by {pixels.largest} of 255 at most "
+            f"(bounds: {room.SHARE_BOUND:.0%}, {room.PIXEL_BOUND})"
+        )
+        for rate, number in cores.items():
+            typer.echo(f"a GPU of {rate} images/s needs {number} core{'s' * (number > 1)} for its images")
+    if not reached:
+        typer.echo("missed: the bar on the whole pipeline, or the bound on pixels", err=True)
+        if check:
+            raise typer.Exit(1)
+
+
+def _spread(value: Spread, digits: int = 2) -> str:
+    return f"{value.median:.{digits}f} ({value.low:.{digits}f}-{value.high:.{digits}f})"
 
 
 class Eta:
