@@ -17,7 +17,7 @@ from zsr.attacks.autoattack import AutoAttack, AutoAttackConfig
 from zsr.attacks.base import Attack, AttackResult, Logits
 from zsr.attacks.checks import Facts, Finding
 from zsr.attacks.pgd import PGD, PGDConfig
-from zsr.eval.probes import MOST_IMAGES, probe
+from zsr.eval.probes import MOST_IMAGES, Sample, probe
 
 EPS = 12 / 255
 NUM, SIDE, CLASSES = 16, 6, 5
@@ -190,3 +190,25 @@ def test_without_images_or_epsilon_there_is_less_to_say() -> None:
     assert bench.levels(bench.sound, strong(), torch.zeros(NUM, dtype=torch.bool)) == {
         "randomised": "ok", "batch-size": "ok"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("standing", "broken", "taken"),
+    [((40, 40), (20, 20), (24, 8)), ((3, 2), (50, 50), (5, 27)), ((2, 1), (1, 0), (3, 1)), ((40, 40), (0, 0), (32, 0))],
+)
+def test_mostly_what_was_left_standing_is_probed(standing: Any, broken: Any, taken: tuple[int, int]) -> None:
+    sample, number = Sample(), 0
+    for num_standing, num_broken in zip(standing, broken, strict=True):  # batch by batch, mixed
+        broken_B = (torch.arange(num_standing + num_broken) >= num_standing).roll(1)
+        value_B = torch.arange(number, number + len(broken_B))
+        number += len(broken_B)
+        image_BCHW = (2 * value_B + broken_B).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        sample.see(image_BCHW, value_B, [f"k{value}" for value in value_B.tolist()], broken_B)
+    found = sample.take()
+    assert found is not None
+    image_BCHW, label_B, keys, broken_B = found
+    assert (int((~broken_B).sum()), int(broken_B.sum())) == taken
+    assert torch.equal(image_BCHW[:, 0, 0, 0], (2 * label_B + broken_B).float()), "rows stay together"
+    assert keys == [f"k{label}" for label in label_B.tolist()]
+    assert len(set(keys)) == len(keys)
+    assert Sample().take() is None

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zsr.attacks.checks import ZERO_GRAD_LIMIT
 from zsr.config import RunConfig
 from zsr.launch.compare_waves import UNTOUCHED, Comparison, Measure, Outcome
-from zsr.launch.guard import ZERO_GRAD_LIMIT
 from zsr.launch.store import Store
 from zsr.tracking import make_tracker
 from zsr.tracking.plots import new_figure, save

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from zsr.attacks.checks import LEVELS, ZERO_GRAD_LIMIT
-
-__all__ = ["CHECK", "ZERO_GRAD_LIMIT", "check_levels", "find_flags", "honest", "worst"]
+from zsr.attacks.checks import LEVELS
 
 CHECK = "val/check/"
 """Before a check's id, the metric that holds its level."""
