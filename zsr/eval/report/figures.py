@@ -12,7 +12,7 @@ from zsr.eval.report.style import Look, Looks, Plot, finish, frame, handle, lege
 def tradeoff(sheet: Sheet, blocks: Sequence[Block], looks: Looks, name: str) -> Plot | None:
     """Clean against robust accuracy, a panel for each budget, averaged over the sets; of the rows that have all of them."""
     found = [(block, points) for block in blocks if (points := _points(sheet, block))]
-    if not found:
+    if not found or max(len(points) for _, points in found) < 2:
         return None
     figure, axes_list = panels(len(found), 3.7 if len(found) > 1 else 6.4, 3.6)
     said = []
@@ -159,7 +159,7 @@ def _curve(axes: Any, curve: Mapping[float, Cell], look: Look) -> None:
     eps, cells = list(curve), list(curve.values())
     axes.fill_between(eps, [100 * cell.low for cell in cells], [100 * cell.high for cell in cells],
                       color=look.color, alpha=0.12, linewidth=0)  # fmt: skip
-    axes.plot(eps, [100 * cell.value for cell in cells], color=look.color, linestyle=look.line, linewidth=1.6,
+    axes.plot(eps, [100 * cell.value for cell in cells], color=look.color, linestyle=look.line, linewidth=1.6, clip_on=False,
               marker=look.marker, markersize=4, markerfacecolor=look.fill)  # fmt: skip
     for x, cell in curve.items():
         if cell.failed:

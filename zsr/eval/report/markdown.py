@@ -8,6 +8,7 @@ from zsr.attacks.checks import CHECKS
 from zsr.eval.report.build import Report
 from zsr.eval.report.grid import Block, Column, Row, Sheet
 from zsr.eval.report.words import (
+    COST,
     OBLIVIOUS,
     READING,
     amount,
@@ -39,7 +40,7 @@ def to_markdown(report: Report, pictures: Mapping[str, str]) -> str:
         for plot in report.plots[number] if report.plots else []:
             lines += [f"![{_alt(plot.alt)}]({pictures[plot.name]})", ""]
     lines += _checks(report)
-    lines += ["## Sets", "", *_sets(report), "", "## Cost", "", *_cost(report), ""]
+    lines += ["## Sets", "", *_sets(report), "", "## Cost", "", *_cost(report), "", COST, ""]
     if report.cost_plot:
         lines += [f"![{_alt(report.cost_plot.alt)}]({pictures[report.cost_plot.name]})", ""]
     return "\n".join([*lines, *_examples(report, pictures)])

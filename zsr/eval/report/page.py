@@ -10,6 +10,7 @@ from zsr.eval.report.build import Report
 from zsr.eval.report.examples import Pixels, png
 from zsr.eval.report.style import Plot
 from zsr.eval.report.words import (
+    COST,
     OBLIVIOUS,
     READING,
     amount,
@@ -48,6 +49,7 @@ def to_html(report: Report) -> str:
         versions=versions(report.cards),
         reading=READING,
         oblivious=OBLIVIOUS,
+        cost_note=COST,
         checks=CHECKS,
         legend=legend_lines(report.sheets),
         protocols=[protocol_lines(sheet) for sheet in report.sheets],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from zsr.eval.card import ResultCard
@@ -16,7 +17,11 @@ READING = (
     "Bold is the best of a column and everything whose interval overlaps the best's, that is, cannot be told from it by "
     "intervals. No bold: no row can be told from the best.",
 )
-OBLIVIOUS = "o: the attack does not know the defence; an attack that does leaves less, often nothing"
+OBLIVIOUS = "the attack does not know the defence; an attack that does leaves less, often nothing"
+COST = (
+    "The bare model's card and that of an attack which does not know the defence may come from one run of the attack; each "
+    "then gives the whole cost."
+)
 _COUNTED = 3
 
 
@@ -64,7 +69,7 @@ def legend_lines(sheets: Sequence[Sheet]) -> list[str]:
     cells = [cell for block in blocks for leaf in block.leaves for cell in leaf.cells.values()]
     lines = []
     if any(block.oblivious for block in blocks):
-        lines.append(OBLIVIOUS + ".")
+        lines.append(f"o: {OBLIVIOUS}.")
     if any(cell.spread is not None for cell in cells):
         lines.append("+-: mean and standard deviation over several cards; the brackets span all their intervals.")
     if any(cell.delta is not None for cell in cells):
@@ -93,6 +98,10 @@ def versions(cards: Sequence[ResultCard]) -> list[tuple[str, str]]:
     """Every version that took part, by what it is a version of."""
     names = list(dict.fromkeys(name for card in cards for name in card.environment))
     found = {name: sorted({card.environment[name] for card in cards if name in card.environment}) for name in names}
+    found = {
+        name: [re.sub(r"\b([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", one) for one in values]
+        for name, values in found.items()
+    }
     return [(name, ", ".join(values[:_COUNTED]) + (f" and {len(values) - _COUNTED} more" if len(values) > _COUNTED else ""))
             for name, values in found.items()]  # fmt: skip
 
