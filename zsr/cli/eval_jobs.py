@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from zsr.attacks.base import Attack
     from zsr.cli.attacks import Craft
     from zsr.cli.defended import Guarded
+    from zsr.cli.eval_progress import EvalProgress
     from zsr.config.schema import Precision
     from zsr.data.suite import Suite
     from zsr.defenses.base import DefenseConfig
@@ -89,7 +90,7 @@ def run(order: Order, dry_run: bool) -> None:
     cards: list[ResultCard] = []
     words: list[str] = []
     progress = EvalProgress(len(order.models) * len(order.test_sets) * max(len(order.attacks), 1))
-    with _crew(order, device, dry_run) as crew:
+    with _crew(order, device, dry_run) as crew, progress:
         for name in order.models:
             subject, guarded, template = _load(order, name, device)
             paths = []
@@ -262,7 +263,7 @@ def _device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
-def _measure(scenes: Scenes, subject: Subject, means: Means, progress: Any) -> None:
+def _measure(scenes: Scenes, subject: Subject, means: Means, progress: EvalProgress) -> None:
     from zsr.eval.measure import measure, measure_clean
     from zsr.eval.runner import Clean
 
@@ -271,7 +272,7 @@ def _measure(scenes: Scenes, subject: Subject, means: Means, progress: Any) -> N
     for job, scene in scenes.jobs:
         if job.done:
             typer.echo(f"there already: {', '.join(job.path(judge).name for judge in job.cards)}", err=True)
-            progress.job_done()
+            progress.job_done(measured=False)
             continue
         if clean is None:
             clean = measure_clean(scenes.scene, scenes.folder, scenes.clean_cards, means, progress.of(**names))
@@ -279,7 +280,7 @@ def _measure(scenes: Scenes, subject: Subject, means: Means, progress: Any) -> N
         told = {} if attack is None else {"attack": attack.name, "eps": attack.eps_text}
         own = Clean({j: clean.pred[j] for j in job.cards}, {j: clean.lines[j] for j in job.cards})
         measure(scene, job, own, means, progress.of(**names, **told))
-        progress.job_done()
+        progress.job_done(measured=True)
 
 
 def _say_plan(scenes: Scenes) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 CLEAN = -1
 """Stage of a batch that was classified as it is."""
@@ -60,7 +60,9 @@ class Ledger:
     """
 
     def __init__(self, path: Path | None, owner: str, about: Mapping[str, Any] | None = None) -> None:
-        self.path, self.lines, self._file = path, [], None  # type: tuple[Path | None, list[Line], IO[bytes] | None]
+        self.path = path
+        self.lines: list[Line] = []
+        self._file: IO[bytes] | None = None
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
