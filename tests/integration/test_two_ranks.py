@@ -35,6 +35,19 @@ def test_two_ranks_give_the_weights_that_one_rank_gives(
         assert (value - two[name]).abs().max() <= 0.02 * moved + 1e-7, name
 
 
+def test_unequal_shares_of_a_batch_give_the_weights_that_one_rank_gives(
+    tmp_path: Path, make_config: Callable[..., Any]
+) -> None:
+    """Three ranks share eight samples as 2, 3 and 3: a mean of their gradients that ignored that would be another."""
+    config = make_config("objective.name=clean", "train.max_steps=3", "optim.momentum=0", "optim.lr=0.1")
+    train(config, LocalSession(tmp_path / "one"), None)
+    run_ranks(config, tmp_path / "three", world_size=3)
+    one, three, start = weights(tmp_path / "one"), weights(tmp_path / "three"), weights_before(config)
+    apart = torch.cat([(three[name] - one[name]).flatten() for name in one]).norm()
+    moved = torch.cat([(one[name] - start[name]).flatten() for name in one]).norm()
+    assert apart < 1e-4 * moved
+
+
 def test_two_ranks_resume_bit_for_bit(tmp_path: Path, make_config: Callable[..., Any]) -> None:
     config = make_config("objective.name=tima", "train.max_steps=6", "train.checkpoint_every=3")
     run_ranks(config, tmp_path / "straight", world_size=2)
