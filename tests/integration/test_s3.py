@@ -9,15 +9,16 @@ import threading
 import time
 from collections.abc import Iterator
 from itertools import islice
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 import torch
-from s3_server import Fault, FlakyProxy, free_port, moto_server, use_server
+from s3_server import Fault, FaultyGateway, FlakyProxy, free_port, moto_server, use_server
 from shard_factory import make_shards
 
 from zsr.data import s3
-from zsr.data.pipeline import train_batches
+from zsr.data.pipeline import num_steps_per_epoch, train_batches
 from zsr.data.s3 import S3Storage, make_client
 from zsr.data.shards import ShardSet
 
@@ -178,6 +179,88 @@ def test_what_a_dead_process_left_is_used(monkeypatch, tmp_path, folder, server)
         path.unlink()
         partial.write_bytes(wrong)
         assert open_set(tmp_path).fetch(0).read_bytes() == content
+
+
+def _read_an_epoch_in_step(cache: Path, address: str, rank: int, barrier: Barrier) -> None:
+    shards = open_set(cache, address)
+    stream = train_batches(
+        shards, seed=1, global_batch=4, image_size=16, window=2, rank=rank, world_size=2, num_workers=2
+    )
+    for _ in range(2 * num_steps_per_epoch(shards, 4)):
+        next(stream)
+        barrier.wait(60)  # as training does
+    stream.close()
+
+
+def test_each_shard_is_fetched_once_per_node_and_epoch_with_a_bounded_cache(monkeypatch, tmp_path, server):
+    """Two ranks of two loader processes each; the cache holds three windows of the set's six."""
+    folder = make_shards(tmp_path / "many", num_samples=96, shard_size=8, image_size=64, extension="png")
+    address = f"s3://shards/sets/{tmp_path.name}"
+    for file in folder.iterdir():
+        S3Storage(address, tmp_path).put(file, file.name)
+    sizes = [shard.bytes for shard in ShardSet(folder).index.shards]
+    monkeypatch.setenv("ZSR_CACHE_GB", str(6.5 * max(sizes) / 1e9))
+    with FaultyGateway(server, share=0) as gateway:
+        use_server(monkeypatch, gateway.port)
+        fork = multiprocessing.get_context("fork")
+        barrier = fork.Barrier(2)
+        cache = tmp_path / "cache"
+        ranks = [fork.Process(target=_read_an_epoch_in_step, args=(cache, address, rank, barrier)) for rank in (0, 1)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(120)
+        assert [process.exitcode for process in ranks] == [0, 0]
+        fetched = [count for path, count in gateway.begun.items() if path.endswith(".tar")]
+    # Two epochs, and the first window of the third is being brought at the end; half the set was still there from the first.
+    assert len(fetched) == len(sizes) == 12
+    assert max(fetched) <= 3 and sum(fetched) <= 2 * 12 + 2
+    assert sum(path.stat().st_size for path in cache.rglob("*.tar")) <= 7.5 * max(sizes)
+
+
+def test_a_cache_too_small_for_two_windows_is_said(monkeypatch, tmp_path, folder, caplog):
+    size = sum(shard.bytes for shard in ShardSet(folder).index.shards)
+    for limit, said in ((size + 1000, 0), (size / 2, 1)):
+        monkeypatch.setenv("ZSR_CACHE_GB", str(limit / 1e9))
+        with caplog.at_level(logging.WARNING):
+            train_batches(open_set(tmp_path), seed=0, global_batch=4, image_size=16)
+        assert caplog.text.count("event=cache_small") == said
+
+
+def test_waiting_times_grow_up_to_a_bound_and_differ(monkeypatch, tmp_path, server):
+    waits: list[float] = []
+    monkeypatch.setattr(s3, "FIRST_WAIT_S", 0.2)
+    monkeypatch.setattr(s3, "LONGEST_WAIT_S", 3.0)
+    monkeypatch.setattr(s3.time, "sleep", waits.append)
+    use_server(monkeypatch, free_port())
+    for _ in range(2):
+        with pytest.raises(OSError, match="9 failures in a row"):
+            open_set(tmp_path)
+    first, second = waits[:8], waits[8:]
+    for waited in (first, second):
+        for number, seconds in enumerate(waited):
+            longest = min(3.0, 0.2 * 2**number)
+            assert longest / 2 <= seconds <= longest
+    assert first != second
+
+
+def test_neither_credentials_nor_endpoint_are_ever_logged(monkeypatch, tmp_path, folder, server, caplog):
+    """Through retries, a failure for good and an address that carries a password."""
+    monkeypatch.setattr(s3, "MAX_FAILURES", 1)
+    said = []
+    with FlakyProxy(server, lambda n: Fault(0, "503") if n == 1 else None) as proxy:
+        use_server(monkeypatch, proxy.port)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIASESAME")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "open-sesame")
+        with caplog.at_level(logging.DEBUG, logger="zsr"):
+            assert_whole(open_set(tmp_path), folder)
+            for address in ("s3://user:open-sesame@shards/sets", "s3://shards/none"):
+                with pytest.raises(ValueError) as caught:
+                    open_set(tmp_path, address)
+                said.append(str(caught.value))
+    assert "event=s3_retry" in caplog.text
+    everything = caplog.text + "".join(said)
+    assert "SESAME" not in everything.upper() and str(proxy.port) not in everything
 
 
 @pytest.fixture

@@ -89,6 +89,40 @@ def test_another_world_goes_on_with_exactly_the_remaining_samples(shards, world,
     assert keys(stop, world) + keys(10 - stop, later_world, start) == keys(10, 1)
 
 
+@st.composite
+def interrupted_runs(draw):
+    """A set's shard sizes, a batch, and a run in pieces: world size, loader processes and steps of each."""
+    sizes = draw(st.lists(st.integers(1, 6), min_size=1, max_size=6))
+    global_batch = 12  # shared by 1, 2, 3, 4 or 6 ranks
+    last = draw(st.sampled_from(["drop", "complete"])) if sum(sizes) >= global_batch else "complete"
+    piece = st.tuples(st.sampled_from([1, 2, 3, 4, 6]), st.integers(0, 2), st.integers(0, 4))
+    pieces = draw(st.lists(piece, min_size=1, max_size=3))
+    return sizes, global_batch, last, draw(st.integers(1, 4)), draw(st.integers(0, 2**32)), pieces
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(interrupted_runs())
+def test_any_worlds_workers_sizes_and_interruptions_give_the_plans_order(tmp_path_factory, run):
+    sizes, global_batch, last, window, seed, pieces = run
+    shards = ShardSet(make_shards(tmp_path_factory.mktemp("any") / "set", shard_size=sizes, image_size=8))
+    num_steps = num_steps_per_epoch(shards, global_batch, last)
+    options = {"seed": seed, "global_batch": global_batch, "last": last, "window": window, "image_size": 8}
+    position, seen = BEGIN, []
+    for world, num_workers, steps in pieces:
+        ranks = [
+            take(shards, steps, rank=r, world_size=world, num_workers=num_workers * (r == 0), start=position, **options)
+            for r in range(world)
+        ]
+        for step in range(steps):
+            assert len({rank[step][0] for rank in ranks}) == 1
+            seen.append([key for rank in ranks for key in rank[step][1].key])
+            position = ranks[0][step][0]
+    for number, keys in enumerate(seen):
+        epoch, step = divmod(number, num_steps)
+        ids = EpochPlan(sizes, seed, epoch, global_batch, last, window).step_ids(step)
+        assert keys == [f"s{i:06d}" for i in ids]
+
+
 def test_the_loader_leaves_torchs_random_numbers_alone(shards):
     torch.manual_seed(5)
     expected = torch.rand(1)

@@ -9,6 +9,7 @@ request order, so the stream is the same with any number of workers; each holds 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,7 +24,10 @@ from zsr.data.decode import decode, read_label
 from zsr.data.plan import BEGIN, EpochPlan, Last, Position, count_steps, share_of
 from zsr.data.prefetch import Prefetch
 from zsr.data.shards import ShardSet
+from zsr.data.storage import cache_limit
 from zsr.data.workers import fill_ahead
+
+log = logging.getLogger(__name__)
 
 Tag = TypeVar("Tag")
 Item = TypeVar("Item")
@@ -103,6 +107,8 @@ def train_batches(
     def plan_of(epoch: int) -> EpochPlan:
         return EpochPlan(shards.index.shard_sizes, seed, epoch, global_batch, last, window)
 
+    if shards.storage.is_remote:
+        _check_cache(shards, window)
     requests = _TrainRequests(plan_of, rank, world_size, start, want)
     shards.keep_open(2 * window)
     return _within(prefetch, _read_ahead(shards, requests, batch_size, image_size, num_workers))
@@ -225,6 +231,17 @@ def _read_ahead(
     with closing(stream):  # ends the workers now rather than when the garbage collector comes by
         for tag, image, label, keys in stream:
             yield tag, Batch(image, label, keys)
+
+
+def _check_cache(shards: ShardSet, window: int) -> None:
+    """Say so if the cache cannot hold the window that is read and the one that is being brought."""
+    largest = sorted((shard.bytes for shard in shards.index.shards), reverse=True)
+    needed, limit = sum(largest[: 2 * window]), cache_limit()
+    if 0 < limit < needed:
+        log.warning(
+            "event=cache_small set=%s ZSR_CACHE_GB=%g needed_gb=%.3g effect=shards_are_fetched_again",
+            shards.address, limit / 1e9, needed / 1e9,
+        )  # fmt: skip
 
 
 def _within(prefetch: Prefetch, stream: Iterator[Item]) -> Iterator[Item]:
