@@ -21,6 +21,8 @@ import yaml
 from ray.autoscaler._private import util as autoscaler
 
 from zsr.config import load_config
+from zsr.launch.capacity import LIMITS_VARIABLE
+from zsr.launch.cluster import find_limits
 from zsr.launch.services import Services
 from zsr.launch.sweep import parse_arguments
 
@@ -182,6 +184,21 @@ def test_kuberay_clusters_scale_from_zero_behind_a_token(name: str) -> None:
     for group in spec["workerGroupSpecs"]:
         assert (group["replicas"], group["minReplicas"]) == (0, 0)
         assert group["idleTimeoutSeconds"] > 0
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_sweeps_on_kubernetes_are_told_the_worker_groups_limits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ray_spec(name)
+    environment = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+    monkeypatch.setenv(
+        LIMITS_VARIABLE, next(entry["value"] for entry in environment if entry["name"] == LIMITS_VARIABLE)
+    )
+    told = {kind.name: (kind.most, kind.shape.cpus, kind.shape.gpus) for kind in find_limits()[0]}
+    groups = {}
+    for group in spec["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        groups[group["groupName"]] = (group["maxReplicas"], float(limits["cpu"]), float(limits["nvidia.com/gpu"]))
+    assert told == groups
 
 
 def test_the_rayjob_ends_by_itself_and_both_manifests_agree() -> None:
