@@ -11,12 +11,18 @@ import torch
 from safetensors.torch import load_file
 from two_ranks import run_ranks
 
+from zsr.engine.checkpoint import read_state
 from zsr.engine.loop import train
 from zsr.engine.session import LocalSession
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(LocalSession(folder).saved()[-1] / "model.safetensors")
+
+
+def checks(folder: Path) -> dict[str, float]:
+    metrics = read_state(LocalSession(folder).saved()[-1])["metrics"]
+    return {name: value for name, value in metrics.items() if name.startswith("val/check/")}
 
 
 @pytest.mark.parametrize("objective", ["tecoa", "tima"])
@@ -33,6 +39,8 @@ def test_two_ranks_give_the_weights_that_one_rank_gives(
     for name, value in one.items():
         moved = (value - start[name]).abs().max()
         assert (value - two[name]).abs().max() <= 0.02 * moved + 1e-7, name
+    assert len(checks(tmp_path / "one")) >= 10
+    assert checks(tmp_path / "one") == checks(tmp_path / "two"), "what the ranks saw adds up"
 
 
 def test_unequal_shares_of_a_batch_give_the_weights_that_one_rank_gives(
