@@ -120,7 +120,7 @@ def handle(row: Row, look: Look) -> Any:
     """A row's entry in a legend."""
     from matplotlib.lines import Line2D
 
-    style = {"linestyle": look.line, "marker": look.marker, "markerfacecolor": look.fill}
+    style: dict[str, Any] = {"linestyle": look.line, "marker": look.marker, "markerfacecolor": look.fill}
     return Line2D([], [], color=look.color, label=row.label, **style)
 
 
