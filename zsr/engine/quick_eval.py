@@ -1,7 +1,7 @@
 """Clean and robust zero-shot accuracy on a set, cheap enough to run inside training.
 
-It is also what ``zsr eval`` runs, with more samples and steps. Ranks share the samples; the only collective comes at the
-end, so no rank waits for another in between.
+``zsr eval`` measures the same with a ledger and cards (zsr/eval/runner.py). Ranks share the samples; the only collective
+comes at the end, so no rank waits for another in between.
 """
 
 from __future__ import annotations

@@ -54,12 +54,15 @@ class Ledger:
     Args:
         owner: id of the card, or of the clean predictions, that the lines belong to.
         about: further words for the first line, for people.
+        wait: for another process that writes to it; else that is a mistake.
 
     Raises:
         ValueError: another process writes to it, or it is another card's.
     """
 
-    def __init__(self, path: Path | None, owner: str, about: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, path: Path | None, owner: str, about: Mapping[str, Any] | None = None, wait: bool = False
+    ) -> None:
         self.path = path
         self.lines: list[Line] = []
         self._file: IO[bytes] | None = None
@@ -68,10 +71,12 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
             self._file.close()
             raise ValueError(f"{path}: another zsr eval writes to it; wait for it, or choose another --out") from None
+        except OSError:
+            pass  # a file system without locks
         self._read(owner)
         if not self._file.tell():
             self._write({"ledger": owner, **(about or {})})

@@ -50,11 +50,12 @@ def measure_clean(scene: Scene, folder: Path, cards: Mapping[str, Blank], means:
         cards: of the judges without an attack, by name; their ids own the ledgers.
 
     Raises:
-        ValueError, OSError: the set cannot be read, or a ledger is in use.
+        ValueError, OSError: the set cannot be read.
     """
+    # Evaluations that run at the same time share these; whoever comes second waits and finds them done.
     with ExitStack() as stack:
         ledgers = {
-            name: stack.enter_context(Ledger(_ledger_path(folder, blank), blank.id, _about(blank)))
+            name: stack.enter_context(Ledger(_ledger_path(folder, blank), blank.id, _about(blank), wait=True))
             for name, blank in cards.items()
         }
         return classify_clean(scene, ledgers, batch_size=means.batch_size, crew=means.crew, tell=tell)
