@@ -94,7 +94,7 @@ def over_epsilon(sheet: Sheet, blocks: Sequence[Block], looks: Looks, name: str)
     for axes, label in zip(axes_list, names):
         frame(axes, label)
         axes.set(xlabel=f"epsilon ({NORMS[attack.norm]})", ylabel="accuracy, %", ylim=(0, None))
-        axes.set_xticks([0.0, *texts], ["clean", *texts.values()])
+        axes.set_xticks([0.0, *texts], ["clean", *texts.values()], rotation=60 if len(texts) > 3 else 0)
     title = f"Accuracy over epsilon: {_without_budget(blocks[0])}"
     set_title(figure, title)
     legend(figure, [handle(row, looks[row.key]) for row in drawn.values()])
