@@ -16,20 +16,18 @@ import hashlib
 import logging
 import os
 import re
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zsr.config.base import Config
 from zsr.data.cache import locked
 from zsr.data.decode import EXTENSIONS, read_label
 from zsr.data.index import INDEX_FILE, Shard, ShardFile, ShardIndex
+from zsr.data.progress import Work
 from zsr.data.storage import FileMissing, LocalStorage, Storage, default_cache, open_storage
 from zsr.data.tars import Member, list_samples
 
@@ -134,15 +132,13 @@ def _scan_changed(storage: Storage, files: list[ShardFile], path: Path) -> list[
     known = {(entry.shard.file, entry.shard.bytes, entry.version): entry for entry in _load(path)}
     done = [known[found.file, found.bytes, found.version] for found in files if _key(found) in known]
     if len(done) < len(files):
-        with _progress() as progress:
-            task = progress.add_task(f"look into {storage.address}", total=sum(found.bytes for found in files))
-            progress.advance(task, sum(entry.shard.bytes for entry in done))
+        with Work("scan", len(files), done=len(done)) as work:
             for found in files:
                 if _key(found) not in known:
                     known[_key(found)] = entry = _look_into(storage, found)
                     done.append(entry)
                     _save(path, done)  # each one counts: a scan that is stopped goes on where it was
-                    progress.advance(task, found.bytes)
+                    work.at(len(done))
     return [known[_key(found)] for found in files]
 
 
@@ -236,10 +232,3 @@ def _save(path: Path, shards: list[ScannedShard]) -> None:
     partial = path.with_suffix(f".{os.getpid()}.part")
     partial.write_text(Scan(shards=shards).model_dump_json(), encoding="utf-8")
     os.replace(partial, path)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), disable=not sys.stderr.isatty(),
-    )  # fmt: skip

@@ -20,7 +20,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from zsr.data.decode import EXTENSIONS, JPEG, decode_whole, open_rgb
+from zsr.data.decode import EXTENSIONS, JPEG, decode_whole, open_rgb, resize
 from zsr.data.index import Shard
 from zsr.data.journal import DoneShard, Rejected, Settings
 from zsr.data.plan import EpochPlan
@@ -128,13 +128,13 @@ class ShardMaker:
             pixels = decode_whole({extension: content})
             if not side or min(pixels.shape[:2]) <= side:
                 return {"jpg" if extension in JPEG else extension: content}
-            image = Image.fromarray(pixels)
         else:
-            image = open_rgb(content)
-        if side and min(image.size) > side:
-            width, height = (round(length * side / min(image.size)) for length in image.size)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-        buffer = io.BytesIO()
+            pixels = np.array(open_rgb(content))
+        shorter = min(pixels.shape[:2])
+        if side and shorter > side:
+            height, width = (round(length * side / shorter) for length in pixels.shape[:2])
+            pixels = resize(pixels, height, width)
+        image, buffer = Image.fromarray(pixels), io.BytesIO()
         if extension in JPEG:
             image.save(buffer, format="JPEG", quality=self.settings.quality, subsampling=0)
             return {"jpg": buffer.getvalue()}

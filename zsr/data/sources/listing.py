@@ -1,7 +1,7 @@
 """What a source of images holds, image by image, and how to get at each: the one form that all sources are brought into.
 
-N images. Lists are plain columns and not one object an image: ImageNet's fit into some 200 MB, which forked processes
-share.
+N images. Lists are plain columns and not one object an image: making one takes 0.4 kB an image, so half a gigabyte for
+ImageNet, which forked processes share.
 """
 
 from __future__ import annotations
