@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zsr.cli.bench_ray import ray
+
 if TYPE_CHECKING:
     from zsr.bench.compare import Row, Spread
 
@@ -203,3 +205,6 @@ def _plain(row: Row) -> dict[str, object]:
     from dataclasses import asdict
 
     return asdict(row) | {"reached": row.reached}
+
+
+app.command()(ray)
