@@ -26,7 +26,7 @@ from zsr.launch.services import Service, Services, family, held
 BUCKET = "chaos"
 START_LIMIT_S = 180.0
 OBJECT_STORE_BYTES = 100_000_000
-RAYLET = "raylet/raylet"
+RAYLET, WORKER = "raylet/raylet", "RayTrainWorker"  # as their command lines have it
 
 
 class Bed:
@@ -60,8 +60,11 @@ class Bed:
                 self.wait(name)
             if "s3" in self._servers:
                 self._make_bucket()
-            for number in range(1, self.nodes + 1):
-                self.start(f"node-{number}")
+            for (
+                node
+            ) in self.node_names:  # one after the other: a raylet gives up on itself when its helpers start slowly
+                self.start(node)
+                self.wait_for_node(node)
         except BaseException:
             self.close()
             raise
@@ -155,6 +158,20 @@ class Bed:
                 raise OSError(f"{name} did not start: {(self.home / f'{name}.log').read_text()[-1500:]}")
             time.sleep(0.2)
 
+    def wait_for_node(self, node: str) -> None:
+        """Wait until a node has joined; one that gave up is started again.
+
+        Raises:
+            OSError: it does not join.
+        """
+        deadline = time.monotonic() + 3 * START_LIMIT_S
+        log = self.home / f"{node}.log"
+        while "Ray runtime started" not in log.read_text(errors="replace"):
+            if time.monotonic() > deadline:
+                raise OSError(f"{node} did not start: {log.read_text(errors='replace')[-1500:]}")
+            self.start(node)
+            time.sleep(0.2)
+
     def kill(self, name: str) -> None:
         """SIGKILL to a node or server and all that it has started, as when a machine goes."""
         for pid in self._family(name):
@@ -169,15 +186,24 @@ class Bed:
         self.start(node)
 
     def tend(self) -> None:
-        """Start the nodes that did not come up: on a busy machine a raylet gives up on itself after half a minute."""
+        """Start the nodes that gave up while they came up."""
         for node in self.node_names:
             self.start(node)
 
-    def plug(self, host: int) -> None:
-        """Put a host back on the network. Its node was given up meanwhile, so it is started anew."""
+    def cut(self, node: str) -> None:
+        """Take a node off the network without a word."""
         assert self.network is not None
-        self.network.mend(host)
-        self.again(f"node-{host}")
+        self.network.cut(_number(node))
+
+    def plug(self, node: str) -> None:
+        """Put a node back on the network. It was given up meanwhile, so it is started anew."""
+        assert self.network is not None
+        self.network.mend(_number(node))
+        self.again(node)
+
+    def trains(self, node: str) -> bool:
+        """Whether a node holds a training worker."""
+        return self._has(node, WORKER) is not None
 
     def kill_raylet(self, node: str) -> bool:
         """SIGKILL to a node's raylet alone; returns whether there was one."""
@@ -185,7 +211,7 @@ class Bed:
 
     def kill_worker(self, node: str) -> bool:
         """SIGKILL to a training worker of a node; returns whether there was one."""
-        return self._kill_one(node, "RayTrainWorker")
+        return self._kill_one(node, WORKER)
 
     def _kill_one(self, node: str, words: str) -> bool:
         found = self._has(node, words)
@@ -219,7 +245,7 @@ class Bed:
             command += ["--head", f"--port={self._ports['gcs']}", f"--ray-client-server-port={self._ports['client']}"]
             command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1"]
             return held([*command, f"--dashboard-port={self._ports['dashboard']}"]), {}
-        number = int(name.removeprefix("node-"))
+        number = _number(name)
         temporary = self.home / f"t{number}"
         shutil.rmtree(temporary, ignore_errors=True)  # a machine that comes back is a new one
         temporary.mkdir()
@@ -279,6 +305,10 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+
+
+def _number(node: str) -> int:
+    return int(node.removeprefix("node-"))
 
 
 def _ray_start(temporary: Path, address: str, cpus: int) -> list[str]:
