@@ -52,7 +52,7 @@ evaluation: shipped-sets ## AutoAttack on the embedded model and three fine-tune
 	$(TRAIN) -o $(EVALUATED)/tima objective.weight_takd=0.25 objective.weight_mhe=0.25 objective.weight_iakd=0.25
 	$(TRAIN) -o $(EVALUATED)/fare objective=fare
 	$(BIN)/zsr eval --model zsr:emoji-vit --model $(EVALUATED)/tecoa --model $(EVALUATED)/tima --model $(EVALUATED)/fare \
-	  --suite shipped --root .zsr/sets --num-samples 24 --attack aa --attack adaptive --defense ttc --workers 2 \
+	  --suite shipped --root .zsr/sets --num-samples 16 --attack aa --attack adaptive --defense ttc --workers 2 \
 	  --out .zsr/results/shipped
 	$(BIN)/zsr report .zsr/results/shipped --out docs/evaluation --title "Four models on the shipped sets"
 
