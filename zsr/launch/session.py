@@ -14,7 +14,7 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from zsr.engine.shelf import Shelf, Write, name_of
 from zsr.launch.records import keep_records
-from zsr.launch.remote_shelf import RemoteShelf, patiently
+from zsr.launch.remote_shelf import PATIENCE_S, RemoteShelf, patiently
 from zsr.launch.store import Store, scratch
 
 FOLDER = "checkpoints"
@@ -98,7 +98,8 @@ class RaySession:
         )
 
     def close(self) -> None:
-        self._written.wait()
+        if not self._written.wait(2 * PATIENCE_S):
+            raise TimeoutError("the checkpoint before was neither written nor refused; Ray Train has dropped it")
         problem, self._problem = self._problem, None
         if problem is not None:
             raise problem
