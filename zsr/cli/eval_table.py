@@ -44,9 +44,8 @@ def _show_model(cards: Sequence[ResultCard], suite: Suite | None) -> None:
     body += list(_averages(rows, columns, suite, defended))
     titles = dict.fromkeys(card.attack.title for card in cards if card.attack is not None)
     title = ", ".join([f"{cards[0].model.name}: accuracy in %", *titles, "with 95% intervals"])
-    knowledge = {card.attack.knowledge for card in cards if card.attack is not None and card.defense is not None}
-    if knowledge:
-        title += f"; attack {' or '.join(sorted(knowledge))} of the defence"
+    if any(card.attack is not None and card.attack.knowledge == "oblivious" for card in cards):
+        title += "; oblivious: the attack does not know the defence"
     print_table(title, header, body)
     for sentence in _sentences(cards):
         typer.echo(sentence)
@@ -57,7 +56,9 @@ def _column(card: ResultCard, cards: Sequence[ResultCard]) -> str:
     assert attack is not None
     several = len({other.attack.name for other in cards if other.attack is not None}) > 1
     crafted = "" if attack.crafted_on == "served" else " crafted"
-    return f"{attack.name + ' ' if several else ''}{attack.norm} {attack.eps_text}{crafted}"
+    # A number against an attack that does not know the defence stands beside the bare model's, never below it.
+    unaware = " oblivious" if attack.knowledge == "oblivious" else ""
+    return f"{attack.name + ' ' if several else ''}{attack.norm} {attack.eps_text}{crafted}{unaware}"
 
 
 def _averages(
