@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from s3_server import Fault, FaultyGateway, FlakyProxy, free_port, moto_server, use_server
-from shard_factory import make_shards
+from shard_factory import encode_image, make_image, make_shards
 
 from zsr.data import s3
+from zsr.data.convert import convert
 from zsr.data.pipeline import num_steps_per_epoch, train_batches
 from zsr.data.s3 import S3Storage, make_client
 from zsr.data.shards import ShardSet
@@ -127,6 +128,30 @@ def test_a_busy_server_is_asked_again(monkeypatch, tmp_path, folder, server):
         shards = open_set(tmp_path)
         assert_whole(shards, folder)
     assert shards.storage.num_retries >= 3
+
+
+def test_a_conversion_to_s3_that_failed_goes_on(tmp_path, caplog):
+    """Its journal lies in the bucket, so that another machine goes on; nothing but the set is left at the end."""
+    images = tmp_path / "images" / "cat"
+    images.mkdir(parents=True)
+    for number in range(9):
+        (images / f"{number}.png").write_bytes(encode_image(make_image(number, 20, 20), "png"))
+    (images / "5.png").write_bytes(b"no image")
+    address, options = (
+        f"s3://shards/made/{tmp_path.name}",
+        {"samples_per_shard": 3, "name": "one", "show_progress": False},
+    )
+    with pytest.raises(ValueError, match="1 of 9 images cannot be used"):
+        convert(tmp_path / "images", address, workers=2, **options)
+    (images / "5.png").write_bytes(encode_image(make_image(5, 20, 20), "png"))
+    assert convert(tmp_path / "images", address, **options).resumed == 2
+    convert(tmp_path / "images", tmp_path / "here", **options)
+    listed = make_client().list_objects_v2(Bucket=BUCKET, Prefix=f"made/{tmp_path.name}/")["Contents"]
+    there = {
+        entry["Key"].split("/")[-1]: make_client().get_object(Bucket=BUCKET, Key=entry["Key"])["Body"].read()
+        for entry in listed
+    }
+    assert there == {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()}
 
 
 def test_a_dead_server_ends_in_a_sentence_without_secrets(monkeypatch, tmp_path, caplog):
