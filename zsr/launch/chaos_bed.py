@@ -108,6 +108,7 @@ class Bed:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": f"{START_LIMIT_S:g}",
+            "RAY_worker_register_timeout_seconds": f"{START_LIMIT_S:g}",
             # Long enough for a busy machine to be let live, short enough for a cut link to be seen within a run.
             "RAY_health_check_initial_delay_ms": "2000",
             "RAY_health_check_period_ms": "1000",
