@@ -21,7 +21,8 @@ def ray(
     """Time the training loop bare, under Ray Train, and under Ray Train with two workers, in turns."""
     from dataclasses import asdict
 
-    from zsr.bench.ray_share import SCALING_BAR, SHARE_BAR, SHORTEST_STEP_S, TWO, Spread, measure
+    from zsr.bench.compare import Spread
+    from zsr.bench.ray_share import SCALING_BAR, SHARE_BAR, SHORTEST_STEP_S, TWO, measure
     from zsr.cli.output import print_table
 
     found = measure(rounds, block, batch_size, overrides or ())
