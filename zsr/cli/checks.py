@@ -107,7 +107,7 @@ def ray(around: Surroundings) -> Iterator[Finding]:
     else:
         yield Finding("ray auth", "ok", f"RAY_AUTH_MODE={os.environ.get('RAY_AUTH_MODE', '(not set)')}")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    status = _http_status(f"{around.ray_address}/api/version", headers)
+    status = http_status(f"{around.ray_address}/api/version", headers)
     if status == 200:
         yield Finding("ray cluster", "ok", f"{around.ray_address} answers")
     elif status in (401, 403):
@@ -130,7 +130,7 @@ def mlflow(around: Surroundings) -> Iterator[Finding]:
     elif not uri.startswith("http"):
         yield Finding("mlflow", "ok", f"{uri.partition(':')[0]} store, not asked")
     else:
-        status = _http_status(f"{uri.rstrip('/')}/health", {})
+        status = http_status(f"{uri.rstrip('/')}/health", {})
         if status == 200:
             yield Finding("mlflow", "ok", f"{uri} answers")
         elif status == 403:
@@ -149,7 +149,7 @@ def s3(around: Surroundings) -> Iterator[Finding]:
         yield Finding("s3", "ok", "not used")
     elif importlib.util.find_spec("boto3") is None:
         yield Finding("s3", "fail", "boto3 is not installed", "pip install 'zsr[s3]'")
-    elif endpoint and _http_status(endpoint, {}) is None:
+    elif endpoint and http_status(endpoint, {}) is None:
         yield Finding("s3", "fail", f"nothing answers at {endpoint}", "mend AWS_ENDPOINT_URL")
     else:
         yield Finding("s3", "ok", f"{endpoint or 'the default endpoint'}, for {len(wanted)} of this run's addresses")
@@ -224,7 +224,7 @@ def _ray_token(address: str) -> tuple[str, str]:
         return "", f"{path} is not there"
 
 
-def _http_status(url: str, headers: dict[str, str]) -> int | None:
+def http_status(url: str, headers: dict[str, str]) -> int | None:
     """The status of a GET, or None if nothing answers."""
     if not url.startswith(("http://", "https://")):
         return None

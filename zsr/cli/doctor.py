@@ -12,7 +12,11 @@ _MARKS = {"ok": "[green]ok  [/green]", "warn": "[yellow]warn[/yellow]", "fail": 
 
 def doctor(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
-    preset: Annotated[str, typer.Option("--preset", "-p", help="The run that is to be made possible.")] = "default",
+    preset: Annotated[str | None, typer.Option("--preset", "-p", help="The run that is to be made possible.")] = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Ask every node of the Ray cluster, too.")] = False,
+    sweep: Annotated[
+        str | None, typer.Option("--sweep", help="A sweep whose trials are to fit, by file or name.")
+    ] = None,
     ray_address: Annotated[
         str | None,
         typer.Option(
@@ -26,13 +30,21 @@ def doctor(
     from rich.markup import escape
 
     from zsr.cli import checks
+    from zsr.cli.cluster_checks import cluster_findings, sweep_demand
     from zsr.config import load_config
 
-    config = load_config(preset, overrides or [])
+    num_trials = None
+    if sweep is not None:
+        config, num_trials = sweep_demand(sweep, [*([f"--preset={preset}"] if preset else []), *(overrides or [])])
+    else:
+        config = load_config(preset or "default", overrides or [])
     around = checks.Surroundings(config, ray_address or checks.demo_address("ray") or checks.RAY_DEFAULT, working_dir)
+    asked: list[checks.Check] = [*checks.ALL]
+    if cluster:
+        asked.append(lambda around: cluster_findings(around.config, around.ray_address, num_trials))
     console = Console(highlight=False, soft_wrap=True)
     failed = 0
-    for check in checks.ALL:
+    for check in asked:
         for finding in checks.guarded(check, around):
             failed += finding.state == "fail"
             console.print(f"{_MARKS[finding.state]} {finding.what:<12} {escape(finding.says)}")
