@@ -29,6 +29,8 @@ from zsr.launch.services import Service, Services, held, pick_port
 from zsr.launch.store import HOME_VARIABLE, scratch
 
 START_LIMIT_S = 180
+START_ATTEMPTS = 3
+STARTED = "Ray runtime started"
 OBJECT_STORE_BYTES = 150_000_000
 LOOPBACK = "127.0.0.1"
 IDLE_S = 20.0
@@ -148,14 +150,24 @@ class LocalNodes:
         command += ["--head", f"--port={gcs}", f"--ray-client-server-port={client}"]
         # With the dashboard: without it the places of stopped trials are never freed.
         command += ["--include-dashboard=true", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}"]
-        head = self._start("head", command, f"http://{LOOPBACK}:{dashboard}", details, more)
+        for attempt in range(START_ATTEMPTS):
+            head = self._start("head", command, f"http://{LOOPBACK}:{dashboard}", details, more)
+            if self._is_up(head):
+                return head
+            self.services.stop("head")
+            say(f"the head did not start, attempt {attempt + 1} of {START_ATTEMPTS}")
+        raise OSError(f"the head did not start; the end of {head.log}:\n{Path(head.log).read_text()[-1500:]}")
+
+    def _is_up(self, head: Service) -> bool:
+        """Wait until the dashboard answers and `ray start` says that it is done: it gives a raylet 30 s, then ends the head."""
         began = time.monotonic()
-        while not answers(head.address + "/api/version", self.token.read_text()):
+        while not (
+            STARTED in Path(head.log).read_text() and answers(head.address + "/api/version", self.token.read_text())
+        ):
             if not head.alive or time.monotonic() - began > START_LIMIT_S:
-                self.services.stop("head")
-                raise OSError(f"the head did not start; the end of {head.log}:\n{Path(head.log).read_text()[-1500:]}")
+                return False
             time.sleep(0.5)
-        return head
+        return True
 
     def _start_node(self, name: str, head: Service, cpus: int) -> Service:
         command = start_command(name, scratch(f"local {name} {self.root}"), cpus)
