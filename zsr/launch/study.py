@@ -56,6 +56,7 @@ class Journal:
     def bring_back(self, content: bytes) -> None:
         """Lay a saved journal down here, unless the one that is here knows as much. Journals only grow."""
         if len(self.read()) < len(content):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.path.with_suffix(".saved")
             temporary.write_bytes(content)
             temporary.replace(self.path)
