@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from zsr.attacks.autoattack import AutoAttack, AutoAttackConfig
 from zsr.attacks.noise import sample_seeds
 from zsr.attacks.square import Square, SquareConfig
+from zsr.bench.public_attack import public_predictions
 
 Classifier = Callable[[Tensor], Tensor]
 
@@ -46,37 +46,9 @@ def our_verdicts(model: Classifier, image_BCHW: Tensor, label_B: Tensor, *, seed
         return model(found.image_BCHW).argmax(1) == label_B
 
 
-def their_verdicts(
-    model: Classifier,
-    image_BCHW: Tensor,
-    label_B: Tensor,
-    *,
-    eps: float,
-    norm: str,
-    attacks: tuple[str, ...],
-    steps: int = 100,
-    target_classes: int = 9,
-    queries: int = 5000,
-    seed: int = 0,
-) -> Tensor:
-    """The same from pyautoattack, set to the same steps, targets and queries; its global random state stays inside."""
-    import pyautoattack
-
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        their = pyautoattack.AutoAttack(
-            model, attacks=list(attacks), version="custom", norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=seed
-        )
-        for apgd in (their.apgd, their.apgd_targeted):
-            apgd.n_iter, apgd.n_restarts = steps, 1
-            # It derives these from the number of steps, but only where it is made.
-            apgd.n_iter_2, apgd.n_iter_min, apgd.size_decr = (
-                max(int(share * steps), 1) for share in (0.22, 0.06, 0.03)
-            )
-        their.fab.n_iter, their.square.n_queries = steps, queries
-        their.apgd_targeted.n_target_classes = their.fab.n_target_classes = target_classes
-        _, said_B = their.run_standard_evaluation(image_BCHW.clone(), label_B.clone(), batch_size=250)
-    return said_B == label_B
+def their_verdicts(model: Classifier, image_BCHW: Tensor, label_B: Tensor, **settings: Any) -> Tensor:
+    """The same from pyautoattack, set to the same steps, targets and queries."""
+    return public_predictions(model, image_BCHW, label_B, **settings) == label_B
 
 
 def assert_parity(case: tuple[Classifier, Tensor, Tensor], stages: tuple[str, ...], **settings: Any) -> None:

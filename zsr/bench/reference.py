@@ -87,10 +87,12 @@ class OfficialStep:
     def loss(self, image_BCHW: Tensor, adv_BCHW: Tensor, label_B: Tensor, tokens: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(self.model, adv_BCHW, tokens), label_B)
 
-    def attack(self, image_BCHW: Tensor, label_B: Tensor, tokens: Tensor, seeds: Sequence[int]) -> Tensor:
+    def attack(
+        self, image_BCHW: Tensor, label_B: Tensor, tokens: Tensor, seeds: Sequence[int], steps: int = ATTACK_STEPS
+    ) -> Tensor:
         """PGD with ``backward``: text is encoded in each step, and every weight's gradient grows."""
         delta = ThreatModel("linf", EPS).random_start(image_BCHW, seeds).requires_grad_(True)
-        for _ in range(ATTACK_STEPS):
+        for _ in range(steps):
             F.cross_entropy(self.logits(self.model, image_BCHW + delta, tokens), label_B).backward()
             assert delta.grad is not None
             moved = (delta + STEP_SIZE * delta.grad.sign()).detach().clamp(-EPS, EPS)

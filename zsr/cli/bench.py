@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zsr.cli.bench_eval import eval_
 from zsr.cli.bench_ray import ray
 
 if TYPE_CHECKING:
@@ -155,15 +156,15 @@ def _spread(value: Spread, digits: int = 2) -> str:
 class Eta:
     """A line on stderr: what is measured, how far, how long still."""
 
-    def __init__(self, objectives: int) -> None:
-        self.objectives, self.finished, self.began = objectives, 0, time.monotonic()
+    def __init__(self, parts: int, word: str = "objective") -> None:
+        self.parts, self.word, self.finished, self.began = parts, word, 0, time.monotonic()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        share = (self.finished + done / total) / self.objectives
+        share = (self.finished + done / total) / self.parts
         elapsed = time.monotonic() - self.began
         left = f" eta={elapsed / share - elapsed:.0f}s" if share else ""
         on_terminal = sys.stderr.isatty()
-        line = f"objective={what} done={done}/{total} elapsed={elapsed:.0f}s{left}"
+        line = f"{self.word}={what} done={done}/{total} elapsed={elapsed:.0f}s{left}"
         sys.stderr.write(f"\r{line}\x1b[K" + "\n" * (done == total) if on_terminal else f"{line}\n")
         sys.stderr.flush()
         self.finished += done == total
@@ -208,3 +209,4 @@ def _plain(row: Row) -> dict[str, object]:
 
 
 app.command()(ray)
+app.command("eval")(eval_)

@@ -12,7 +12,14 @@ import typer
 from zsr.cli import bench, config, data, doctor, evaluate, export, objectives, report, sweep, train
 
 # Which extra brings a package that the core does without.
-_EXTRAS = {"ray": "ray", "optuna": "ray", "mlflow": "mlflow", "boto3": "s3", "botocore": "s3", "resvg_py": "recipes"}
+_EXTRAS = {
+    "ray": "ray",
+    "optuna": "ray",
+    "mlflow": "mlflow",
+    "boto3": "s3",
+    "botocore": "s3",
+    "resvg_py": "recipes",
+} | {"pyautoattack": "dev"}
 
 app = typer.Typer(
     name="zsr",
