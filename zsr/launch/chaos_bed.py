@@ -56,6 +56,7 @@ class Bed:
                 self.network.up()
             for name in [*self._servers, "head"]:
                 self.start(name)
+            self.wait_for_node("head")
             for name in [*self._servers, "head"]:
                 self.wait(name)
             if "s3" in self._servers:
@@ -160,7 +161,7 @@ class Bed:
             time.sleep(0.2)
 
     def wait_for_node(self, node: str) -> None:
-        """Wait until a node has joined; one that gave up is started again.
+        """Wait until a node, or the head, is up; one that gave up on a busy machine is started again.
 
         Raises:
             OSError: it does not join.
