@@ -20,7 +20,7 @@ def eval_(
     model: Annotated[
         str, typer.Option("--model", help="A run's folder, an exported folder or a model's name.")
     ] = "zsr:emoji-vit",
-    data: Annotated[str, typer.Option("--data", help="The set that is attacked and classified.")] = "zsr:emoji/val",
+    data: Annotated[str, typer.Option("--data", help="The set that is attacked and classified.")] = "zsr:emoji/test_style",
     num_samples: Annotated[
         int,
         typer.Option("--num-samples", min=1, help="Images under AutoAttack; the throughput takes eight times as many."),
