@@ -103,6 +103,32 @@ def test_an_adaptive_attack_and_attacks_around_the_text_are_other_columns(tmp_pa
     capsys.readouterr()
 
 
+def test_an_attack_that_stops_at_another_heads_boundary_is_not_believed_without_a_word(tmp_path, capsys):
+    order = ["eval", "--model", "zsr:emoji-vit", "--data", "emoji_test_style", "--num-samples", 4, "--eps", "4/255"]
+    order += ["--no-probes", "--out", tmp_path, "--defense", "ttc", "--attack-set", "apgd.steps=1", "--steps", 1]
+    assert call(*order, "--attack", "pgd", "--attack", "apgd") == 0
+    capsys.readouterr()
+    levels = {
+        (card.attack.name, card.attack.knowledge): {f.id: f.level for f in card.checks}.get("stops-early")
+        for card in cards_in(tmp_path)
+        if card.attack
+    }
+    assert levels == {
+        ("pgd", "white-box"): None,
+        ("apgd", "white-box"): None,
+        ("pgd", "oblivious"): "ok",
+        ("apgd", "oblivious"): "warn",
+    }
+
+
+@pytest.mark.parametrize("name", ["aa", "autoattack", "apgd", "fab", "square"])
+def test_crafting_refuses_an_attack_that_stops_at_the_crafted_heads_boundary(name, capsys):
+    for craft in (["--craft-superclasses"], ["--craft-template", "a {}"]):
+        assert call("eval", "--model", "zsr:emoji-vit", "--attack", name, *craft) == 2
+        said = capsys.readouterr().err
+        assert craft[0] in said and "its number flatters; compare under pgd or cw" in said
+
+
 def write_published(root: Path, name: str, classes: list[str], sizes: list[int], labels: list[int]) -> None:
     """A set as CLIP_benchmark publishes it, of 32-pixel images."""
     folder = root / name / "test"

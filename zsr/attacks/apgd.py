@@ -11,7 +11,7 @@ where most looks are wrong (theirs asks the last one); a survivor comes back at 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,6 +26,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class APGDConfig(BoundedConfig):
+    stops_early: ClassVar[bool] = True
     name: Literal["apgd"] = "apgd"
     loss: LossName = "ce"
     """Of a classifier: ce, dlr (needs 3 classes), dlr-targeted (needs 4) or margin. Training maximises the objective's own."""

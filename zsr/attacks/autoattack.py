@@ -14,7 +14,7 @@ with too few classes steps aside (theirs warns and fails).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -38,6 +38,7 @@ _LOSSES: dict[str, LossName] = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "d
 
 
 class AutoAttackConfig(BoundedConfig):
+    stops_early: ClassVar[bool] = True
     name: Literal["autoattack"] = "autoattack"
     version: Literal["standard", "rand", "custom"] = "standard"
     attacks: tuple[Stage, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch.nn.functional as F
 from pydantic import model_validator
@@ -45,6 +45,9 @@ class AttackResult:
 
 class AttackConfig(PluginConfig):
     """Settings of one attack."""
+
+    stops_early: ClassVar[bool] = False
+    """Whether it is done with an image that the classifier it sees gets wrong, however little, or has wrong from the start."""
 
 
 AttackT = TypeVar("AttackT", bound=AttackConfig)

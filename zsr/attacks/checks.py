@@ -40,6 +40,7 @@ CHECKS = {
     "loss-not-rising": "Images whose loss an ascent does not raise.",
     "randomised": "A model that answers the same image in different ways.",
     "bf16-verdicts": "Verdicts of a bfloat16 forward pass that fp32 does not share.",
+    "stops-early": "An attack that stops at the boundary of another head than the one that judges.",
 }
 """What each check looks for."""
 
@@ -185,6 +186,19 @@ def share_finding(check: str, count: int, total: int, what: str, *, fail: float 
     level: Level = "fail" if share > fail else "warn" if share > warn else "ok"
     sentence = f"{count} of {total} {what}" if count else f"none of {total} {what}"
     return Finding(id=check, level=level, sentence=sentence, value=share)
+
+
+FLATTERS = (
+    "stops where the head that it sees errs, which is not the head that judges, so its number flatters; "
+    "compare under pgd or cw"
+)
+
+
+def boundary_finding(name: str, stops_early: bool) -> Finding:
+    """Of an attack that sees another head than the one that judges: whether it goes on past that head's boundary."""
+    if stops_early:
+        return Finding(id="stops-early", level="warn", sentence=f"{name} {FLATTERS}")
+    return Finding(id="stops-early", level="ok", sentence=f"{name} goes on where the head that it sees errs")
 
 
 def metrics_of(findings: Sequence[Finding]) -> dict[str, float]:

@@ -11,7 +11,7 @@ both projections are one solver.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -29,6 +29,7 @@ _SHORTEST = 1e-8  # of the two ways to the boundary, so that their ratio exists
 
 
 class FABConfig(BoundedConfig):
+    stops_early: ClassVar[bool] = True
     name: Literal["fab"] = "fab"
     steps: Annotated[int, Field(ge=0)] = 100
     restarts: Count = 1

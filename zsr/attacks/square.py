@@ -11,7 +11,7 @@ and column (``edges``); in training it maximises the objective's loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -30,6 +30,7 @@ _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after wh
 
 
 class SquareConfig(BoundedConfig):
+    stops_early: ClassVar[bool] = True
     name: Literal["square"] = "square"
     queries: Annotated[int, Field(ge=0)] = 5000
     restarts: Annotated[int, Field(ge=1)] = 1

@@ -100,15 +100,22 @@ def read_craft(template: str | None, superclasses: bool, names: Sequence[str]) -
     """What the crafting options ask for; None without them.
 
     Raises:
-        ValueError: a prompt without a place for the class name, or an attack that cannot see other texts.
+        ValueError: a prompt without a place for the class name, or an attack that cannot see other texts
+            or stops at their boundary.
     """
     if template is None and not superclasses:
         return None
+    from zsr.attacks.checks import FLATTERS
+    from zsr.config import ATTACKS
+
+    option = "--craft-template" if template is not None else "--craft-superclasses"
     if template is not None and "{}" not in template:
         raise ValueError(f"--craft-template {template!r}: needs {{}} where the class name goes")
     if not names or "adaptive" in names:
-        option = "--craft-template" if template is not None else "--craft-superclasses"
         raise ValueError(f"{option}: needs an attack on a bare model, such as --attack pgd")
+    for name in names:
+        if getattr(ATTACKS.config_class(name), "stops_early", False):
+            raise ValueError(f"{option}: --attack {name} {FLATTERS}")
     return Craft(template, superclasses)
 
 

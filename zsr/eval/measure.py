@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from zsr.attacks.base import input_gradients_only
-from zsr.attacks.checks import Finding, gravest_first, judge
+from zsr.attacks.checks import Finding, boundary_finding, gravest_first, judge
 from zsr.attacks.noise import sample_seeds
 from zsr.eval.card import Cost, ResultCard, write_card
 from zsr.eval.examples import MOST, Examples
@@ -104,6 +104,10 @@ def _finish(
     by_class = blank.protocol.metric == "mean_per_class"
     lines = [*clean.lines[name], *(() if verdicts is None else verdicts.lines)]
     seconds, total = sum(line.seconds for line in lines), len(scene.images)
+    findings = [*judge(scene.facts(attack, lines, name)), *probed]
+    if attack is not None and blank.attacked_elsewhere:
+        stops = any(part.config.stops_early for part in attack.parts)
+        findings.append(boundary_finding(attack.config.name, stops))
     card = ResultCard(
         id=blank.id,
         column=blank.column,
@@ -118,7 +122,7 @@ def _finish(
         survivors={}
         if verdicts is None or attack is None
         else survivors(attack, clean, verdicts, label, name, by_class),
-        checks=gravest_first([*judge(scene.facts(attack, lines, name)), *probed]),
+        checks=gravest_first(findings),
         cost=Cost(
             seconds=round(seconds, 3),
             images_per_s=round(total / max(seconds, 1e-9), 3),

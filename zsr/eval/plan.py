@@ -174,6 +174,12 @@ class Blank:
         return column_id(self.protocol, self.dataset, self.attack)
 
     @property
+    def attacked_elsewhere(self) -> bool:
+        """Whether the attack sees another classifier than this card's."""
+        attack = self.attack
+        return attack is not None and (attack.knowledge == "oblivious" or attack.crafted_on != "served")
+
+    @property
     def stem(self) -> str:
         """Of its file: attack, budget and id."""
         if self.attack is None:
