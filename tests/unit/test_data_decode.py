@@ -80,6 +80,14 @@ def test_transparency_becomes_white(mode, extension):
     assert np.abs(pixels[:, :4].astype(int) - 200).max() <= 4  # the palette is coarse
 
 
+def test_a_file_of_another_format_than_its_name_says_is_read_all_the_same():
+    pixels = np.full((8, 8, 3), 200, dtype=np.uint8)
+    for format in ("BMP", "PPM", "TIFF"):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format=format)
+        assert (decode({"png": buffer.getvalue()}, 8) == 200).all()
+
+
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("keep", [0, 10, 0.5])
 def test_broken_images_raise_a_sentence(extension, keep):

@@ -7,13 +7,16 @@ process, or the workers of zsr/launch/evaluate.py.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from zsr.attacks.base import Attack
+from zsr.data.pipeline import Batch
 from zsr.eval.card import Share
 from zsr.eval.ledger import CLEAN, Ledger, Line
 from zsr.eval.scene import Answer, Request, Scene
@@ -32,11 +35,18 @@ class Crew(Protocol):
 
 
 class LocalCrew:
-    """This process, one batch after the other."""
+    """This process, one batch after the other. While one is done, a thread reads and decodes the next."""
 
     def run(self, scene: Scene, requests: Iterable[Request]) -> Iterator[Answer]:
-        for request in requests:
-            yield scene.do(request)
+        ahead: deque[tuple[Request, Future[Batch]]] = deque()
+        with ThreadPoolExecutor(1) as reader:
+            for request in requests:
+                ahead.append((request, reader.submit(scene.images.batch, request.ids)))
+                if len(ahead) > 1:
+                    due, batch = ahead.popleft()
+                    yield scene.do(due, batch.result())
+            for due, batch in ahead:
+                yield scene.do(due, batch.result())
 
 
 @dataclass(frozen=True)

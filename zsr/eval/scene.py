@@ -19,6 +19,7 @@ from zsr.attacks.base import Attack, AttackResult, input_gradients_only
 from zsr.attacks.checks import Facts
 from zsr.attacks.noise import sample_seeds
 from zsr.attacks.threat import ThreatModel
+from zsr.data.pipeline import Batch
 from zsr.eval.images import Images
 from zsr.eval.ledger import Line
 from zsr.eval.target import Target
@@ -92,14 +93,18 @@ class Scene:
         facts.add(total)
         return facts
 
-    def do(self, request: Request) -> Answer:
+    def do(self, request: Request, batch: Batch | None = None) -> Answer:
         """Classify a batch, after an attack if one is asked for. What a sample gives does not depend on the others.
+
+        Args:
+            batch: of the request's samples, if it has been read already.
 
         Raises:
             ValueError, OSError: a sample cannot be read.
         """
         began = time.perf_counter()
-        batch = self.images.batch(request.ids)
+        if batch is None:
+            batch = self.images.batch(request.ids)
         image_BCHW, label_B = batch.image.to(self.device).float() / 255, batch.label.to(self.device)
         with self._still(), count_passes(self.target.towers) as passes:
             found = None
