@@ -1,7 +1,7 @@
 """AutoAttack by zsr and by the public implementation: seconds, encoder passes and verdicts on the same model and images.
 
 Ours runs as ``zsr eval`` does, through the runner, on its own layers. Theirs runs as people call it: the ordinary open_clip
-model under cached class embeddings, whole set, same batch size. Images are decoded before, for both.
+model, its weights frozen, under cached class embeddings, whole set, same batch size. Images are decoded before, for both.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def compare_attacks(
         ValueError, OSError: the set cannot be read.
         ModuleNotFoundError: the public implementation is not installed.
     """
-    import pyautoattack  # noqa: F401 - if it is missing, that is said before anything is measured
+    import pyautoattack  # type: ignore[import-untyped]  # noqa: F401 - if it is missing, that is said before anything is measured
 
     model, attack, plain = head.model, AutoAttack(config), PlainClassifier(head)
     whole = Images(shards, model.image_size, num_samples)
@@ -76,7 +76,7 @@ def compare_attacks(
     for ids in np.array_split(whole.ids, min(rounds, len(whole))):
         block = Images(shards, model.image_size)
         block.ids = ids
-        block.batch(ids)  # decoded now, and kept
+        block.batch(ids.tolist())  # decoded now, and kept
         blocks.append(Scene(block, plain_target(head), shards.classes, device=device, seed=seed))
     passes = []
 

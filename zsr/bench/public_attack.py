@@ -28,6 +28,8 @@ class PlainClassifier(nn.Module):
         passes: images that went through the tower: once forward, once more for a gradient.
     """
 
+    mean: Tensor
+    std: Tensor
     text_CD: Tensor
 
     def __init__(self, head: ZeroShotHead) -> None:
@@ -36,7 +38,7 @@ class PlainClassifier(nn.Module):
         self.open_clip, self.scale, self.passes = plain.open_clip, float(head.model.logit_scale), 0
         for name, value in (("mean", plain.image.mean), ("std", plain.image.std), ("text_CD", head.text_CD)):
             self.register_buffer(name, value.clone())
-        # A frozen tower spares FAB's backward pass the gradients of weights. Most people forget to; the bar is held without.
+        # open_clip gives weights that ask for gradients, and FAB's backward pass would fill them: a pass that is saved here.
         self.eval().requires_grad_(False)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ def public_predictions(
     Raises:
         ModuleNotFoundError: pyautoattack is not installed.
     """
-    import pyautoattack
+    import pyautoattack  # type: ignore[import-untyped]
 
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

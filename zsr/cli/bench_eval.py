@@ -20,7 +20,9 @@ def eval_(
     model: Annotated[
         str, typer.Option("--model", help="A run's folder, an exported folder or a model's name.")
     ] = "zsr:emoji-vit",
-    data: Annotated[str, typer.Option("--data", help="The set that is attacked and classified.")] = "zsr:emoji/test_style",
+    data: Annotated[
+        str, typer.Option("--data", help="The set that is attacked and classified.")
+    ] = "zsr:emoji/test_style",
     num_samples: Annotated[
         int,
         typer.Option("--num-samples", min=1, help="Images under AutoAttack; the throughput takes eight times as many."),
@@ -30,7 +32,7 @@ def eval_(
     quick: Annotated[
         bool, typer.Option("--quick", help="A shorter AutoAttack, for both: 10 steps, 2 targets, 100 queries; PGD-2.")
     ] = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Of both sides.")] = 32,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Of both sides.")] = 128,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns; AutoAttack's images are split over them.")] = 2,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option("--threads", min=0, help="Of both sides; 0 leaves torch's choice.")] = 0,
