@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from zsr.attacks.checks import LEVELS
 from zsr.cli.main import main
 from zsr.eval.card import find_cards
 from zsr.tracking.mlflow import connect
@@ -46,12 +47,24 @@ def test_cards_go_to_a_run_of_their_own_once(
     experiment = client.get_experiment_by_name("zsr")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name.startswith("table one ") and run.info.status == "FINISHED"
-    robust = [name for name in run.data.metrics if name.endswith("/pgd-1-255")]
+    robust = [name for name in run.data.metrics if name.endswith(f"/pgd-1-255-{card.column[:6]}")]
     assert card.robust is not None and run.data.metrics[robust[0]] == card.robust.value
-    assert run.data.metrics[robust[0].replace("pgd-1-255", "clean")] == card.clean.value
+    (clean,) = (name for name in run.data.metrics if "/clean-" in name)
+    assert run.data.metrics[clean] == card.clean.value
+    levels = {finding.id: LEVELS.index(finding.level) for finding in card.checks}
+    assert levels == {
+        name.split("-check-")[1]: value
+        for name, value in run.data.metrics.items()
+        if name.startswith(f"{robust[0]}-check-")
+    }
     assert len(client.get_metric_history(run.info.run_id, robust[0])) == 1
     (artifact,) = client.list_artifacts(run.info.run_id, "cards")
     assert artifact.path == f"cards/pgd-1-255-{card.id}.card.json"
+    assert call(*["table two" if word == "table one" else word for word in order]) == 0  # the same card, another run
+    other = next(
+        found for found in client.search_runs([experiment.experiment_id]) if found.info.run_id != run.info.run_id
+    )
+    assert other.data.metrics == run.data.metrics
 
 
 def test_cards_go_to_the_run_that_trained_the_model(tiny_model_name: str, small_shards: Path, tmp_path: Path) -> None:
@@ -62,6 +75,6 @@ def test_cards_go_to_the_run_that_trained_the_model(tiny_model_name: str, small_
     order = ["eval", "--model", run, "--data", small_shards, "--num-samples", 8, "--attack", "none"]
     assert call(*order, "--out", tmp_path / "cards", "--log") == 0
     (card,) = find_cards([tmp_path / "cards"])
-    (name,) = (name for name in history(run) if name.startswith("eval/"))
+    (name,) = (name for name in history(run) if name.startswith("eval/") and "-check-" not in name)
     assert [value for _, value in history(run)[name]] == [card.clean.value]
     assert (run / "artifacts" / "cards" / f"clean-{card.id}.card.json").is_file()
