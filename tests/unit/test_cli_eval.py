@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from shard_factory import encode_image, make_image, make_shards, write_tar
 
+from zsr.attacks.checks import PROBES
 from zsr.cli.main import main
 from zsr.config import ModelConfig
 from zsr.data.storage import EMBEDDED
@@ -57,7 +58,7 @@ def test_a_card_lies_where_its_names_say_and_is_not_measured_twice(tiny_model_na
     assert card.dataset.samples == card.dataset.of == 50 and card.dataset.classes == 5
     assert card.clean.total == 50 and card.robust is not None and card.robust.count <= card.clean.count
     assert card.robust.low < card.robust.value < card.robust.high
-    assert card.cost.encoder_passes == 50 + 3 * card.clean.count  # PGD-1: forward, backward, and one to judge
+    assert card.cost.encoder_passes == 50 + 4 * card.clean.count  # PGD-1: forward, backward, its end, the judge
     assert {"zsr", "torch", "open_clip", "commit"} <= set(card.environment)
 
     before = path.read_bytes()
@@ -127,6 +128,29 @@ def test_crafting_refuses_an_attack_that_stops_at_the_crafted_heads_boundary(nam
         assert call("eval", "--model", "zsr:emoji-vit", "--attack", name, *craft) == 2
         said = capsys.readouterr().err
         assert craft[0] in said and "its number flatters; compare under pgd or cw" in said
+
+
+def test_a_card_has_the_probes_of_its_own_classifier_or_says_that_it_has_none(tiny_model_name, small_shards, tmp_path):
+    order = ["eval", "--model", tiny_model_name, "--data", small_shards, "--num-samples", 8, "--eps", "1/255"]
+    order += ["--steps", 1, "--defense", "ttc", "--out", tmp_path]
+    assert call(*order, "--attack", "pgd", "--attack", "adaptive", "--attack-set", "adaptive.eot=1") == 0
+    assert call(*order, "--craft-template", "the sign of {}") == 0
+    assert call(*order, "--seed", 1, "--no-probes") == 0
+    found = {}
+    for card in cards_in(tmp_path):
+        assert card.attack is not None and card.clean.count > 0
+        ids = {finding.id for finding in card.checks} & {*PROBES, "not-probed"}
+        found[card.attack.knowledge, card.attack.crafted_on == "served", card.seed] = ids
+    nothing = {"not-probed"}
+    assert found == {
+        ("white-box", True, 0): set(PROBES),
+        ("oblivious", True, 0): nothing,
+        ("adaptive", True, 0): {"black-box", *nothing},
+        ("white-box", False, 0): nothing,
+        ("oblivious", False, 0): nothing,
+        ("white-box", True, 1): nothing,
+        ("oblivious", True, 1): nothing,
+    }
 
 
 def write_published(root: Path, name: str, classes: list[str], sizes: list[int], labels: list[int]) -> None:

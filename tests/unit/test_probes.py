@@ -17,7 +17,7 @@ from zsr.attacks.autoattack import AutoAttack, AutoAttackConfig
 from zsr.attacks.base import Attack, AttackResult, Logits
 from zsr.attacks.checks import Facts, Finding
 from zsr.attacks.pgd import PGD, PGDConfig
-from zsr.eval.probes import MOST_IMAGES, Sample, probe
+from zsr.eval.probes import MOST_IMAGES, Sample, probe, probe_blindly
 
 EPS = 12 / 255
 NUM, SIDE, CLASSES = 16, 6, 5
@@ -93,6 +93,26 @@ def test_gradients_masked_by_rounding_are_found_by_a_search_without_gradients() 
     levels = bench.levels(rounding, APGD(APGDConfig(eps=2 * EPS, steps=40)))
     assert levels["loss-not-rising"] == "fail"
     assert levels["black-box"] == "fail"
+
+
+def test_a_search_through_a_defence_is_judged_by_the_defence_and_goes_past_its_boundary() -> None:
+    bench = Bench(2 * EPS)
+
+    def search(scores: Logits, judge: Logits) -> Finding:
+        return probe_blindly(scores, judge, bench.image_BCHW, bench.label_B, bench.seeds, bench.facts)
+
+    assert search(bench.sound, bench.sound).level == "fail", "nothing was attacked before, so much is left to break"
+
+    def worried(image_BCHW: Tensor) -> Tensor:
+        """Has all wrong from the start: a search that stops there would bring the images back as they are."""
+        logits_BC = bench.sound(image_BCHW)
+        return logits_BC - 200 * torch.nn.functional.one_hot(bench.label_B, CLASSES)
+
+    assert search(worried, bench.sound).level == "fail"
+    right_BC = 100.0 * torch.nn.functional.one_hot(bench.label_B, CLASSES)
+    assert search(bench.sound, lambda x: right_BC).level == "ok", "what judges was not broken"
+    nothing = probe_blindly(bench.sound, bench.sound, bench.image_BCHW[:0], bench.label_B[:0], [], bench.facts)
+    assert (nothing.id, nothing.level) == ("black-box", "ok")
 
 
 def test_an_attack_that_is_weaker_than_one_step() -> None:

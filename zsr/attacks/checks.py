@@ -40,9 +40,12 @@ CHECKS = {
     "loss-not-rising": "Images whose loss an ascent does not raise.",
     "randomised": "A model that answers the same image in different ways.",
     "bf16-verdicts": "Verdicts of a bfloat16 forward pass that fp32 does not share.",
+    "not-probed": "A card for whose classifier some or all probes were left out.",
     "stops-early": "An attack that stops at the boundary of another head than the one that judges.",
 }
 """What each check looks for."""
+PROBES = ("batch-size", "black-box", "weak-beats-strong", "loss-not-rising", "randomised")
+"""Those that need passes of their own (zsr/eval/probes.py)."""
 
 ZERO_GRAD_LIMIT = 0.05
 """Share of attacked images without input gradient above which a robust accuracy is not believed."""

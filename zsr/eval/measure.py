@@ -19,7 +19,7 @@ from zsr.eval.card import Cost, ResultCard, write_card
 from zsr.eval.examples import MOST, Examples
 from zsr.eval.ledger import Ledger, Line
 from zsr.eval.plan import Blank, Job
-from zsr.eval.probes import MOST_IMAGES, probe
+from zsr.eval.probes import MOST_IMAGES, probe, probe_blindly
 from zsr.eval.runner import Clean, Crew, LocalCrew, Tell, Verdicts, classify_clean, run_attack, still_right, survivors
 from zsr.eval.scene import Scene
 from zsr.eval.shares import share_of
@@ -81,10 +81,11 @@ def measure(scene: Scene, job: Job, clean: Clean, means: Means, tell: Tell | Non
             scene, attack, clean, ledger, batch_size=means.batch_size, crew=means.crew, tell=tell, keep=examples.add,
             num_keep=MOST, compare=compare,
         )  # fmt: skip
-    probed = _probe(scene, job, clean, verdicts) if means.probes else []
-    if compare:
-        probed = [*probed, bf16_finding(verdicts.lines, dict(zip(images.ids.tolist(), images.label.tolist())))]
-    cards = [_finish(scene, job, name, clean, verdicts, probed, means) for name in job.cards]
+    probed = _probed(scene, job, clean, verdicts, means.probes)
+    if compare:  # the first judge alone was asked in float32
+        finding = bf16_finding(verdicts.lines, dict(zip(images.ids.tolist(), images.label.tolist())))
+        probed[next(iter(job.cards))].append(finding)
+    cards = [_finish(scene, job, name, clean, verdicts, probed[name], means) for name in job.cards]
     for name, blank in job.cards.items():
         path = job.folder / f"{blank.id}.examples.npz"
         examples.write(path, images, clean.pred[name], verdicts.pred[name], scene.class_names)
@@ -137,24 +138,50 @@ def _finish(
     return card
 
 
-def _probe(scene: Scene, job: Job, clean: Clean, verdicts: Verdicts) -> list[Finding]:
-    """The expensive checks, on the first samples by key that what the attack sees has right without it."""
+def _probed(scene: Scene, job: Job, clean: Clean, verdicts: Verdicts, wanted: bool) -> dict[str, list[Finding]]:
+    """The expensive checks of each judge, by its name, and a note where they were left out."""
+    found: dict[str, list[Finding]] = {}
+    for name, blank in job.cards.items():
+        if not wanted:
+            found[name] = [_left_out("nobody asked for the probes")]
+        elif blank.attacked_elsewhere:
+            found[name] = [_left_out("no probe looked at this classifier, since the attack saw another")]
+        elif scene.target.surrogate is not None:
+            rest = _left_out("the probes that need a gradient were left out: the attack went through the defence")
+            found[name] = [*_probe(scene, job, name, clean, verdicts), rest]
+        else:
+            found[name] = _probe(scene, job, name, clean, verdicts)
+    return found
+
+
+def _left_out(why: str) -> Finding:
+    return Finding(id="not-probed", level="note", sentence=why)
+
+
+def _probe(scene: Scene, job: Job, judge: str, clean: Clean, verdicts: Verdicts) -> list[Finding]:
+    """The expensive checks, on the first samples by key that the judge has right without the attack."""
     target, images, attack = scene.target, scene.images, job.attack
-    first = next(iter(job.cards))
-    if attack is None or target.surrogate is not None or target.crafted_on != "served":
-        return []  # what these attacks see is not what judges
-    right = np.flatnonzero(clean.pred[first] == images.label)
+    right = np.flatnonzero(clean.pred[judge] == images.label)
     rows = sorted(right.tolist(), key=lambda row: images.keys[int(images.ids[row])])[:MOST_IMAGES]
-    if not rows:
+    if attack is None or not rows:
         return []
     batch = images.batch(images.ids[rows].tolist())
     image_BCHW, label_B = batch.image.to(scene.device).float() / 255, batch.label.to(scene.device)
-    broken_B = torch.from_numpy(~still_right(clean, verdicts, images.label, first)[rows]).to(scene.device)
-    facts = scene.facts(attack, verdicts.lines, first)
+    seeds = sample_seeds(batch.key, "eval", scene.seed)
+    standing_B = torch.from_numpy(still_right(clean, verdicts, images.label, judge)[rows]).to(scene.device)
+    facts = scene.facts(attack, verdicts.lines, judge)
+    served = target.judges[judge]
     with input_gradients_only(*target.towers):
-        return probe(
-            target.seen, attack, image_BCHW, label_B, sample_seeds(batch.key, "eval", scene.seed), broken_B, facts
-        )
+        if served.defended is None:
+            return probe(served, attack, image_BCHW, label_B, seeds, ~standing_B, facts)
+        left = standing_B.nonzero().flatten().tolist()
+        return [
+            probe_blindly(
+                served.defended.scores(served.head, seed=scene.seed),
+                lambda x: served(x, [batch.key[row] for row in left]),
+                image_BCHW[left], label_B[left], [seeds[row] for row in left], facts,
+            )
+        ]  # fmt: skip
 
 
 def bf16_finding(lines: Sequence[Line], label: Mapping[int, int]) -> Finding:

@@ -19,6 +19,7 @@ from torch import Tensor
 from zsr.attacks.autoattack import AutoAttack
 from zsr.attacks.base import Attack, Logits
 from zsr.attacks.checks import MIN_RANGE, Facts, Finding, Level, gravest_first, share_finding
+from zsr.attacks.losses import margin
 from zsr.attacks.noise import derived_seeds
 from zsr.attacks.pgd import PGD, PGDConfig
 from zsr.attacks.square import Square, SquareConfig
@@ -33,6 +34,7 @@ _BRIEF_STEPS = 10
 _MEAN_OF = (
     512  # the batch whose mean loss makes fp16 gradients vanish (METHODS.md 0.3); a power of two, so exact in fp32
 )
+_NONE_LEFT = "the attack left no image standing"
 _MANY = 0.1  # share of the images that a weaker attack adds, above which the main one is not to be believed
 
 
@@ -94,6 +96,37 @@ def probe(
     if facts.eps:
         findings += _attacks(classify, attack, image_BCHW, label_B, seeds, broken_B, facts)
     return gravest_first(findings)
+
+
+@torch.no_grad()
+def probe_blindly(
+    scores: Logits,
+    judge: Logits,
+    image_BCHW: Tensor,
+    label_B: Tensor,
+    seeds: Sequence[int],
+    facts: Facts,
+) -> Finding:
+    """``black-box`` alone, for a classifier that is served with random numbers of its own (a test-time defence).
+
+    The search does not stop at the boundary of what it asks: the judge's own noise would put such images back.
+
+    Args:
+        scores: what the search asks.
+        judge: says whether what was found is a success.
+        image_BCHW, label_B: images that the main attack left standing.
+        facts: of the measurement; its epsilon and norm are those of the search.
+    """
+    if not len(image_BCHW) or not facts.eps:
+        return Finding(id="black-box", level="ok", sentence=_NONE_LEFT)
+    search = Square(SquareConfig(norm=facts.norm, eps=facts.eps, queries=QUERIES))
+    found = search.perturb(lambda x: margin(scores(x), label_B), image_BCHW, seeds)
+    return _blindly(judge(found.image_BCHW).argmax(1) != label_B, len(image_BCHW))
+
+
+def _blindly(broken_B: Tensor, num: int) -> Finding:
+    what = f"images stand after the attack and fall to {QUERIES} queries of Square"
+    return share_finding("black-box", int(broken_B.sum()), num, what, fail=_MANY)
 
 
 @torch.no_grad()
@@ -171,10 +204,9 @@ def _attacks(
 
     left = (~broken_B).nonzero().flatten()
     if not len(left):
-        none_left = "the attack left no image standing"
         return [
             flat,
-            *(Finding(id=name, level="ok", sentence=none_left) for name in ("weak-beats-strong", "black-box")),
+            *(Finding(id=name, level="ok", sentence=_NONE_LEFT) for name in ("weak-beats-strong", "black-box")),
         ]
     own_seeds = [seeds[row] for row in left.tolist()]
 
@@ -190,8 +222,7 @@ def _attacks(
     weak = share_finding(
         "weak-beats-strong", int(weakly_B.sum()), num, f"{standing} one step or PGD-{steps}", fail=_MANY
     )
-    blind = share_finding("black-box", int(blindly_B.sum()), num, f"{standing} {QUERIES} queries of Square", fail=_MANY)
-    return [flat, weak, blind]
+    return [flat, weak, _blindly(blindly_B, num)]
 
 
 def _gradient(classify: Callable[[Tensor], Tensor], image_BCHW: Tensor, label_B: Tensor, scale: float = 1.0) -> Tensor:
