@@ -127,6 +127,27 @@ def test_it_finds_adversarial_images_where_they_are_plenty(name, norm, eps):
     assert not found.zero_grad_B.any()
 
 
+@pytest.mark.parametrize("name", ["pgd", "cw"])
+@pytest.mark.parametrize("options", [{"best_iterate": True}, {"restarts": 3}])
+def test_keeping_the_best_keeps_a_misclassified_image_before_one_of_higher_loss(name, options):
+    def valley(image_BCHW: Tensor) -> Tensor:
+        # One rival leads at brightness 0.5; past it cross-entropy rises with eight that come close and never lead.
+        bright_B = image_BCHW.flatten(1).mean(1)
+        rival_B, crowd_B = 0.1 - 100 * (bright_B - 0.5).square(), 20 * (bright_B - 0.61)
+        return torch.stack([torch.zeros_like(bright_B), rival_B, *[crowd_B] * 8], dim=1)
+
+    image, label = torch.full((4, 3, 6, 6), 0.45, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    alone = {"eps": 0.15, "steps": 3, "step_size": 0.05, "restarts": 1, "best_iterate": False}
+
+    def wrong(**own: Any) -> Tensor:
+        found = build(name, **alone | own).attack_classifier(valley, image, label, range(0, 40, 10))
+        return valley(found.image_BCHW).argmax(1) != label
+
+    assert wrong(steps=1).all()
+    assert name == "cw" or not wrong().any()  # the margin turns back to the rival
+    assert wrong(**options).all()
+
+
 @pytest.mark.parametrize("name", TRAINS)
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.05), ("l2", 0.5)])
 @given(seed=st.integers(0, 2**32))

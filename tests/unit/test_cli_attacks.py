@@ -21,7 +21,9 @@ def test_options_become_settings_and_pgd_steps_a_quarter_of_each_budget():
     assert list(found) == ["1/255", "4/255"]
     for label, eps in (("1/255", 1 / 255), ("4/255", 4 / 255)):
         config = found[label].config
-        assert (config.eps, config.step_size, config.steps) == (eps, eps / 4, 10)
+        assert (config.eps, config.step_size, config.steps, config.best_iterate) == (eps, eps / 4, 10, True)
+    (last,) = read_attacks("pgd", "1/255", norm="linf", settings=["best_iterate=false"]).values()
+    assert not last.config.best_iterate
     (config,) = (attack.config for attack in read_attacks("cw", "1", norm="l2", steps=3, step_size="1/2").values())
     assert (config.name, config.norm, config.step_size, config.steps) == ("cw", "l2", 0.5, 3)
     (attack,) = read_attacks("apgd", "4/255", norm="linf", restarts=2, settings=["loss=dlr"]).values()

@@ -26,7 +26,6 @@ Shapes: B images, C channels (or classes, in logits), H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -43,7 +42,7 @@ from zsr.attacks.base import (
     check_pixel_units,
 )
 from zsr.attacks.noise import derived_seeds, fill_uniform
-from zsr.attacks.pgd import PGD, PGDConfig
+from zsr.attacks.pgd import PGD, PGDConfig, Seen
 from zsr.config.base import PixelUnits, Weight
 from zsr.defenses.base import Through
 
@@ -87,24 +86,6 @@ class AdaptiveConfig(BoundedConfig):
         return self
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What an attacker saw at some perturbation: means over the draws."""
-
-    delta_BCHW: Tensor
-    wrong_B: Tensor  # share of draws that were misclassified
-    ce_B: Tensor
-
-    def or_better(self, other: _Seen) -> _Seen:
-        """Per sample, the other where it fools more draws, or as many and with a higher loss."""
-        better_B = (other.wrong_B > self.wrong_B) | ((other.wrong_B == self.wrong_B) & (other.ce_B > self.ce_B))
-        return _Seen(
-            torch.where(better_B.view(-1, 1, 1, 1), other.delta_BCHW, self.delta_BCHW),
-            torch.where(better_B, other.wrong_B, self.wrong_B),
-            torch.where(better_B, other.ce_B, self.ce_B),
-        )
-
-
 class Adaptive(BoundedAttack[AdaptiveConfig]):
     """Projected gradient ascent on what the defended classifier is expected to lose."""
 
@@ -131,7 +112,7 @@ class Adaptive(BoundedAttack[AdaptiveConfig]):
         zero_grad_B = torch.zeros(len(image_BCHW), dtype=torch.bool, device=image_BCHW.device)
         if threat.eps == 0:
             return AttackResult(image_BCHW, zero_grad_B)
-        best: _Seen | None = None
+        best: Seen | None = None
         for restart in range(self.config.restarts):
             start_BCHW = self._start.attack_classifier(
                 surrogate.bare, image_BCHW, label_B, derived_seeds(seeds, "adaptive", restart)
@@ -159,7 +140,7 @@ class Adaptive(BoundedAttack[AdaptiveConfig]):
         label_B: Tensor,
         seeds: Sequence[int],
         with_grad: bool,
-    ) -> tuple[_Seen, Tensor]:
+    ) -> tuple[Seen, Tensor]:
         """Means over the draws, one at a time: memory holds the graph of one."""
         config, grad_BCHW = self.config, torch.zeros_like(image_BCHW)
         wrong_B = torch.zeros(len(image_BCHW), dtype=image_BCHW.dtype, device=image_BCHW.device)
@@ -175,7 +156,7 @@ class Adaptive(BoundedAttack[AdaptiveConfig]):
                 grad_BCHW += torch.autograd.grad(loss_B.sum(), attacked_BCHW)[0] / config.eot
             wrong_B += (logits_BC.detach().argmax(1) != label_B) / config.eot
             ce_B += once_B.detach() / config.eot
-        return _Seen(delta_BCHW, wrong_B, ce_B), grad_BCHW
+        return Seen(delta_BCHW, wrong_B, ce_B), grad_BCHW
 
     def perturb(
         self, loss: PerSampleLoss, image_BCHW: Tensor, seeds: Sequence[int], progress: float = 1.0

@@ -44,10 +44,10 @@ class CW(Attack[CWConfig]):
     def attack_classifier(
         self, logits: Logits, image_BCHW: Tensor, label_B: Tensor, seeds: Sequence[int]
     ) -> AttackResult:
-        def loss(attacked_BCHW: Tensor) -> Tensor:
-            return margin(logits(attacked_BCHW), label_B).clamp(max=self.config.confidence)
+        def capped(logits_BC: Tensor) -> Tensor:
+            return margin(logits_BC, label_B).clamp(max=self.config.confidence)
 
-        found = self._pgd.perturb(loss, image_BCHW, seeds)
+        found = self._pgd.attack_logits(capped, logits, image_BCHW, label_B, seeds)
         with torch.no_grad():
             margin_B = margin(logits(found.image_BCHW), label_B)
         # Past the confidence the loss is flat by design: that is no sign of a masked gradient.

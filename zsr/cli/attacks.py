@@ -28,7 +28,8 @@ def read_attacks(
     Args:
         name: of the attack; ``aa`` is short for autoattack.
         eps: budgets, separated by commas.
-        steps, step_size, restarts: None leaves the attack's own; steps are a quarter of eps long where it has a step size.
+        steps, step_size, restarts: None leaves the attack's own. Where it has a step size, steps are a quarter of eps long and
+            the best iterate is kept.
         settings: ``key=value``, any setting of the attack; ``name.key=value`` is for the attack of that name alone.
         others: attacks that are read from the same options.
 
@@ -58,6 +59,8 @@ def read_attacks(
         shared["steps"] = _PGD_STEPS if steps is None else steps
     if restarts is not None:
         shared["restarts"] = restarts
+    if "best_iterate" in fields:
+        shared["best_iterate"] = True
     attacks: dict[str, Attack[Any]] = {}
     for label in (part.strip() for part in eps.split(",") if part.strip()):
         tree = shared | {"eps": label}
