@@ -26,6 +26,8 @@ def test_cards_go_to_a_run_of_their_own_once(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where MLflow puts artifacts beside a database
     uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = connect(uri)
+    client.search_experiments()  # makes the database, which takes longer than a tracker waits on a busy machine
     order = [
         "eval",
         "--model",
@@ -43,7 +45,6 @@ def test_cards_go_to_a_run_of_their_own_once(
     assert call(*order) == 0
     assert call(*order) == 0  # finds its card, and the run
     (card,) = find_cards([tmp_path / "cards"])
-    client = connect(uri)
     experiment = client.get_experiment_by_name("zsr")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name.startswith("table one ") and run.info.status == "FINISHED"

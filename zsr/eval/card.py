@@ -20,6 +20,9 @@ from zsr.attacks.checks import Finding
 from zsr.config.base import Config
 
 CARD_FORMAT = "zsr-card-1"
+VERSION = 2
+"""Of the code that makes verdicts: attacks, defences, preprocessing. Raise it with every change after which the same settings
+may give other verdicts, so that no card and no half-done measurement of before stands for one of after."""
 
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Knowledge = Literal["white-box", "oblivious", "adaptive"]
@@ -69,7 +72,7 @@ class DatasetInfo(Config):
     of: int
     """Number that the set has."""
     subset_digest: str
-    """Of the keys and labels measured, in order."""
+    """Of the keys and labels measured, in order, and of the shards that hold them."""
     classes: int
     classes_digest: str
     templates: list[str]
@@ -175,7 +178,8 @@ class ResultCard(Config):
 def column_id(protocol: ProtocolInfo, dataset: DatasetInfo, attack: AttackInfo | None) -> str:
     """What two cards must share to stand in one column."""
     part = dataset.model_dump(include={"key", "split", "subset_digest", "classes_digest", "templates_digest", "pixels"})
-    return digest_of(protocol.model_dump(), part, None if attack is None else attack.model_dump(exclude={"eps_text"}))
+    attacked = None if attack is None else [attack.model_dump(exclude={"eps_text"}), VERSION]
+    return digest_of(protocol.model_dump(), part, attacked)
 
 
 def digest_of(*parts: Any) -> str:

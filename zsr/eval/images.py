@@ -57,8 +57,11 @@ class Images:
 
     @cached_property
     def digest(self) -> str:
-        """Of keys and labels in order, twelve hex digits."""
-        text = "\n".join(f"{key}\t{label}" for key, label in zip(self.keys.values(), self.label.tolist(), strict=True))
+        """Of keys and labels in order, and of the bytes of the shards that hold them, twelve hex digits."""
+        held = sorted({self.shards.locate(sample)[0] for sample in self.ids.tolist()})
+        lines = [self.shards.index.shards[shard].sha256 for shard in held]
+        lines += [f"{key}\t{label}" for key, label in zip(self.keys.values(), self.label.tolist(), strict=True)]
+        text = "\n".join(lines)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def batch(self, ids: Sequence[int]) -> Batch:

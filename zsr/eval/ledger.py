@@ -1,8 +1,8 @@
 """The ledger of a measurement: a line for each finished batch, so that a killed run loses at most one.
 
 A file of JSON lines. The first names the card that it belongs to; the card's id is a digest of everything that decides a
-verdict, so lines of another measurement cannot mix in. Each further line is one batch, flushed to the disk before the next
-begins. A line that a kill tore is dropped when the file is opened again.
+verdict, the version of the code included, so lines of another measurement cannot mix in. Each further line is one batch,
+flushed to the disk before the next begins. A line that a kill tore is dropped when the file is opened again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from zsr.eval.card import VERSION
 
 CLEAN = -1
 """Stage of a batch that was classified as it is."""
@@ -36,6 +40,9 @@ class Line:
         facts: what the cheap checks saw of each judge (zsr/attacks/checks.py): sums other than zero, by place.
     """
 
+    # An unknown field was written by other code: what it meant there is not known here.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     stage: int
     ids: list[int]
     pred: dict[str, list[int]]
@@ -48,6 +55,10 @@ class Line:
     facts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
+_LINE = TypeAdapter(Line)
+_REMOVE = "remove it to measure anew"
+
+
 class Ledger:
     """The lines of one measurement, on disk or (``path`` None) in memory alone. Use it in a ``with`` block.
 
@@ -57,7 +68,7 @@ class Ledger:
         wait: for another process that writes to it; else that is a mistake.
 
     Raises:
-        ValueError: another process writes to it, or it is another card's.
+        ValueError: another process writes to it, it is another card's or another version's, or it is broken.
     """
 
     def __init__(
@@ -79,7 +90,7 @@ class Ledger:
             pass  # a file system without locks
         self._read(owner)
         if not self._file.tell():
-            self._write({"ledger": owner, **(about or {})})
+            self._write({"ledger": owner, "version": VERSION, **(about or {})})
 
     def append(self, line: Line) -> None:
         """Keep a finished batch for good."""
@@ -106,12 +117,35 @@ class Ledger:
         whole = self._file.read()
         end = whole.rfind(b"\n") + 1
         first, *others = whole[:end].splitlines() or [b""]
-        if first and json.loads(first).get("ledger") != owner:
-            raise ValueError(f"{self.path}: belongs to another measurement; remove it, or choose another --out")
-        self.lines = [Line(**json.loads(text)) for text in others]
+        if first:
+            self._check_header(first, owner)
+        self.lines = [self._parse(text, number) for number, text in enumerate(others, 2)]
         # What follows the last line break was being written when the process died.
         self._file.truncate(end)
         self._file.seek(end)
+
+    def _check_header(self, text: bytes, owner: str) -> None:
+        try:
+            header = json.loads(text)
+            found, version = header["ledger"], header.get("version", 1)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{self.path}: its first line names no measurement; {_REMOVE}") from None
+        if found != owner:
+            raise ValueError(f"{self.path}: belongs to another measurement; remove it, or choose another --out")
+        if version != VERSION:
+            raise ValueError(
+                f"{self.path}: was begun by version {version} of the code that makes verdicts, this is {VERSION}; {_REMOVE}"
+            )
+
+    def _parse(self, text: bytes, number: int) -> Line:
+        try:
+            return _LINE.validate_json(text)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, fault["loc"]))
+            raise ValueError(
+                f"{self.path}: line {number} is no finished batch ({where}{': ' * bool(where)}{fault['msg']}); {_REMOVE}"
+            ) from None
 
     def _write(self, content: dict[str, Any]) -> None:
         assert self._file is not None

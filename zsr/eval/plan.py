@@ -19,6 +19,7 @@ from zsr.config.schema import Precision
 from zsr.data.shards import ShardSet
 from zsr.data.suite import Dataset
 from zsr.eval.card import (
+    VERSION,
     AttackInfo,
     DatasetInfo,
     DefenseInfo,
@@ -167,6 +168,7 @@ class Blank:
             None if self.defense is None else self.defense.model_dump(),
             None if self.attack is None else self.attack.model_dump(exclude={"title", "eps_text"}),
             self.seed,
+            VERSION,
         )  # fmt: skip
 
     @property
