@@ -48,6 +48,16 @@ def test_aa_is_autoattack_in_the_authors_order_and_custom_stages_can_be_listed()
         ({"name": "apgd", "step_size": "1/255"}, "--step-size: apgd has no such setting; leave it out"),
         ({"name": "square", "steps": 5}, "--steps: square has no such setting; leave it out"),
         ({"name": "apgd", "settings": ["loss"]}, "--attack-set loss: should be key=value"),
+        (
+            {"name": "pgd", "settings": ["eps=8/255"]},
+            "--attack-set eps=8/255: the budget is what --eps says; leave it out",
+        ),
+        (
+            {"name": "aa", "settings": ["aa.norm=l2"], "others": ["aa"]},
+            "--attack-set norm=l2: the ball is what --norm says",
+        ),
+        ({"name": "cw", "settings": ["schedule.name=linear"]}, "schedule.name=linear: epsilon moves in training alone"),
+        ({"name": "fab", "settings": ["schedule=linear"]}, "schedule=linear: epsilon moves in training alone"),
         ({"name": "apgd", "settings": ["loss=dlt"]}, "--attack apgd: loss='dlt'"),
         ({"name": "aa", "settings": ["version=custom"]}, r"attacks: the custom version needs stages, such as"),
         ({"name": "aa", "settings": ["attacks=[square]"]}, "attacks: version=standard has its own"),

@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from zsr.attacks.base import Attack
 
 _PGD_STEPS = 10  # of attacks that need a step size; the others have a default of their own
+_ELSEWHERE = {
+    "eps": "the budget is what --eps says",
+    "norm": "the ball is what --norm says",
+    "schedule": "epsilon moves in training alone, and a card's budget is what --eps says",
+}
 
 
 def read_attacks(
@@ -54,6 +59,10 @@ def read_attacks(
         if "=" not in setting:
             raise ValueError(f"--attack-set {setting}: should be key=value, such as restarts=5")
     own_settings = _own(settings, name, others)
+    for setting in own_settings:
+        key = setting.partition("=")[0].partition(".")[0].strip()
+        if key in _ELSEWHERE:
+            raise ValueError(f"--attack-set {setting}: {_ELSEWHERE[key]}; leave it out")
     shared: dict[str, Any] = {"name": name, "norm": norm}
     if steps is not None or "step_size" in fields:
         shared["steps"] = _PGD_STEPS if steps is None else steps
