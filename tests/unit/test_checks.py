@@ -169,6 +169,14 @@ def test_a_constant_answer_is_no_robustness() -> None:
     assert seen.levels()["chance-level"] == "warn"
 
 
+@pytest.mark.parametrize(("num", "level"), [(1, "ok"), (19, "ok"), (20, "fail")])
+def test_a_few_images_say_nothing_of_a_constant_answer(num: int, level: str) -> None:
+    facts, logits_BC = Facts(NAMES[:2]), torch.tensor([[30.0, 10.0]]).expand(num, 2)
+    image_BCHW, label_B = torch.rand(num, 3, 4, 4), torch.zeros(num, dtype=torch.long)
+    facts.see_attacked(image_BCHW, image_BCHW, logits_BC, torch.zeros(num, dtype=torch.bool), label_B)
+    assert {finding.id: finding.level for finding in judge(facts)}["chance-level"] == level
+
+
 def test_no_robustness_at_all_is_a_number_to_be_believed() -> None:
     seen = Measurement()
     seen.attacked_BC = seen.clean_BC.roll(1, dims=1)

@@ -5,6 +5,8 @@ Shapes: B images, C channels, H x W pixels.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -16,10 +18,12 @@ from zsr.attacks.checks import judge
 from zsr.attacks.noise import sample_seeds
 from zsr.attacks.pgd import PGD, PGDConfig
 from zsr.data.shards import ShardSet
+from zsr.eval import measure
 from zsr.eval.images import Images
 from zsr.eval.ledger import Ledger, Line
 from zsr.eval.measure import bf16_finding
-from zsr.eval.runner import Moment, classify_clean, run_attack, survivors
+from zsr.eval.plan import Job
+from zsr.eval.runner import Clean, Moment, Verdicts, classify_clean, run_attack, survivors
 from zsr.eval.shares import share_of
 from zsr.eval.target import enlarge
 
@@ -147,6 +151,19 @@ def test_a_ledger_drops_a_torn_line_and_nothing_else(tmp_path):
     assert path.read_bytes() == whole + whole.splitlines(keepends=True)[-1]
     with pytest.raises(ValueError, match="belongs to another measurement"):
         Ledger(path, "other card")
+
+
+def test_few_survivors_among_many_images_are_those_that_are_probed(tiny_model_name, small_shards):
+    scene = make_scene(tiny_model_name, small_shards)
+    label = scene.images.label
+    last = sorted(range(len(label)), key=lambda row: scene.images.keys[int(scene.images.ids[row])])[-3:]
+    left = np.where(np.isin(np.arange(len(label)), last), label, (label + 1) % len(scene.class_names))
+    right, none = np.ones(len(label), dtype=bool), np.zeros(len(label), dtype=bool)
+    job = Job(Path(), PGD(PGDConfig(eps="64/255", step_size="16/255", steps=2)), {})
+    verdicts = Verdicts(right, {"bare": left}, np.zeros(len(label)), none, [])
+    found = {f.id: f for f in measure._probe(scene, job, "bare", Clean({"bare": label}, {"bare": []}), verdicts)}
+    for check in ("black-box", "weak-beats-strong"):
+        assert "of 3 images that stand after the attack" in found[check].sentence.replace("none of", "of")
 
 
 def test_the_mean_over_classes_weighs_classes_alike():

@@ -17,7 +17,7 @@ from zsr.attacks.autoattack import AutoAttack, AutoAttackConfig
 from zsr.attacks.base import Attack, AttackResult, Logits
 from zsr.attacks.checks import Facts, Finding
 from zsr.attacks.pgd import PGD, PGDConfig
-from zsr.eval.probes import MOST_IMAGES, Sample, probe, probe_blindly
+from zsr.eval.probes import MOST_IMAGES, Sample, probe, probe_blindly, to_probe
 
 EPS = 12 / 255
 NUM, SIDE, CLASSES = 16, 6, 5
@@ -121,6 +121,15 @@ def test_an_attack_that_is_weaker_than_one_step() -> None:
     levels = bench.levels(bench.sound, feeble)
     assert levels["weak-beats-strong"] == "fail"
     assert levels["loss-not-rising"] == "ok", "the classifier is sound"
+
+
+@pytest.mark.parametrize(("standing", "level"), [(1, "warn"), (2, "warn"), (3, "fail"), (NUM, "fail")])
+def test_a_verdict_rests_on_three_images_of_those_left_standing(standing: int, level: str) -> None:
+    bench = Bench(10 * EPS)  # under which nothing stands a weak attack
+    findings = bench.probe(bench.sound, strong(), torch.arange(NUM) >= standing)
+    for check in ("weak-beats-strong", "black-box"):
+        assert findings[check].value == 1, findings[check].sentence
+        assert (findings[check].level, f"of {standing} images" in findings[check].sentence) == (level, True)
 
 
 def test_a_model_that_answers_differently() -> None:
@@ -232,3 +241,17 @@ def test_mostly_what_was_left_standing_is_probed(standing: Any, broken: Any, tak
     assert keys == [f"k{label}" for label in label_B.tolist()]
     assert len(set(keys)) == len(keys)
     assert Sample().take() is None
+
+
+def test_one_draw_for_every_measurement_and_survivors_first() -> None:
+    keys = [f"class{number // 100}/{number:03d}" for number in range(300)]
+    broken = [number not in (7, 150, 299) for number in range(300)]
+    rows = to_probe(keys, broken)
+    assert set(rows[:3]) == {7, 150, 299} and len(set(rows)) == len(rows) == MOST_IMAGES
+    assert {row // 100 for row in rows[3:]} == {0, 1, 2}, "not the first by key, which are of one class"
+    sample = Sample()
+    for start in range(0, 300, 50):  # as a sweep's finalist sees them
+        part = slice(start, start + 50)
+        sample.see(torch.zeros(50, 3, 2, 2), torch.zeros(50), keys[part], torch.tensor(broken[part]))
+    found = sample.take()
+    assert found is not None and found[2] == [keys[row] for row in rows]

@@ -54,7 +54,7 @@ MIN_RANGE = 2.0
 CONSTANT_SHARE = 0.99
 """Share of one class among the answers from which they count as one constant answer."""
 ENOUGH_IMAGES = 20
-"""Below so many attacked images, equal answers prove nothing."""
+"""Below so many attacked images, a constant answer is no rival: equal answers prove nothing, and a few classes are all."""
 _ROUNDING = 1e-6  # of one pixel, in fp32: image + (attacked - image) is rounded twice
 
 _COUNTS = (
@@ -276,8 +276,8 @@ def _of_chance(seen: _Seen) -> Iterator[Finding]:
     sentence = (
         f"{standing} of {total} attacked images stay right, and always saying {name!r} would keep {constant}{known}"
     )
-    if 0 < standing <= constant:
-        same = answers >= CONSTANT_SHARE * total and total >= ENOUGH_IMAGES
+    if 0 < standing <= constant and total >= ENOUGH_IMAGES:
+        same = answers >= CONSTANT_SHARE * total
         level = "fail" if same else "warn"
         sentence += f"; {answers} of the answers are that"
     yield Finding(id="chance-level", level=level, sentence=sentence, value=standing / total)

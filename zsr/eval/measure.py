@@ -19,7 +19,7 @@ from zsr.eval.card import Cost, ResultCard, write_card
 from zsr.eval.examples import MOST, Examples
 from zsr.eval.ledger import Ledger, Line
 from zsr.eval.plan import Blank, Job
-from zsr.eval.probes import MOST_IMAGES, probe, probe_blindly
+from zsr.eval.probes import probe, probe_blindly, to_probe
 from zsr.eval.runner import Clean, Crew, LocalCrew, Tell, Verdicts, classify_clean, run_attack, still_right, survivors
 from zsr.eval.scene import Scene
 from zsr.eval.shares import share_of
@@ -159,16 +159,18 @@ def _left_out(why: str) -> Finding:
 
 
 def _probe(scene: Scene, job: Job, judge: str, clean: Clean, verdicts: Verdicts) -> list[Finding]:
-    """The expensive checks, on the first samples by key that the judge has right without the attack."""
+    """The expensive checks, on a few samples that the judge has right without the attack."""
     target, images, attack = scene.target, scene.images, job.attack
     right = np.flatnonzero(clean.pred[judge] == images.label)
-    rows = sorted(right.tolist(), key=lambda row: images.keys[int(images.ids[row])])[:MOST_IMAGES]
-    if attack is None or not rows:
+    standing = still_right(clean, verdicts, images.label, judge)
+    keys = [images.keys[sample] for sample in images.ids[right].tolist()]
+    rows = right[to_probe(keys, (~standing[right]).tolist())]
+    if attack is None or not len(rows):
         return []
     batch = images.batch(images.ids[rows].tolist())
     image_BCHW, label_B = batch.image.to(scene.device).float() / 255, batch.label.to(scene.device)
     seeds = sample_seeds(batch.key, "eval", scene.seed)
-    standing_B = torch.from_numpy(still_right(clean, verdicts, images.label, judge)[rows]).to(scene.device)
+    standing_B = torch.from_numpy(standing[rows]).to(scene.device)
     facts = scene.facts(attack, verdicts.lines, judge)
     served = target.judges[judge]
     with input_gradients_only(*target.towers):

@@ -19,6 +19,7 @@ from zsr.attacks.base import Attack
 from zsr.data.pipeline import Batch
 from zsr.eval.card import Share
 from zsr.eval.ledger import CLEAN, Ledger, Line
+from zsr.eval.probes import drawn
 from zsr.eval.scene import Answer, Request, Scene
 from zsr.eval.shares import share_of
 
@@ -174,8 +175,9 @@ def run_attack(
     judges = tuple(clean.pred)
     right = {name: frozenset(ids[pred == label].tolist()) for name, pred in clean.pred.items()}
     standing = sorted(frozenset().union(*right.values()))
-    by_key = sorted(standing, key=lambda sample: scene.images.keys[sample])
-    wanted, compared = frozenset(by_key[:num_keep]), frozenset(by_key[: COMPARE if compare else 0])
+    order = drawn([scene.images.keys[sample] for sample in standing])
+    picked = [standing[row] for row in order[: max(num_keep, COMPARE)]]
+    wanted, compared = frozenset(picked[:num_keep]), frozenset(picked[: COMPARE if compare else 0])
     attacked = np.isin(ids, standing)
     blind: set[int] = set()
     for stage, part in enumerate(attack.parts):
