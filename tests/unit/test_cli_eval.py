@@ -104,6 +104,17 @@ def test_an_adaptive_attack_and_attacks_around_the_text_are_other_columns(tmp_pa
     capsys.readouterr()
 
 
+def test_an_embedded_set_is_the_same_by_its_address_and_by_its_key(capsys):
+    order = ["eval", "--model", "zsr:emoji-vit", "--num-samples", 4, "--dry-run", "--craft-superclasses"]
+    plans = []
+    for names in ("zsr:emoji/test_both,zsr:emoji/test_style/", "emoji_test_both,emoji_test_style"):
+        assert call(*order, "--data", names) == 0
+        plans.append(capsys.readouterr().out)
+    assert plans[0] == plans[1] and "emoji_test_style (4 samples)" in plans[0]
+    assert call(*order) == 0  # the default sets
+    assert plans[0].count("to do: ") == 6 and capsys.readouterr().out.startswith(plans[0].splitlines()[0])
+
+
 def test_an_attack_that_stops_at_another_heads_boundary_is_not_believed_without_a_word(tmp_path, capsys):
     order = ["eval", "--model", "zsr:emoji-vit", "--data", "emoji_test_style", "--num-samples", 4, "--eps", "4/255"]
     order += ["--no-probes", "--out", tmp_path, "--defense", "ttc", "--attack-set", "apgd.steps=1", "--steps", 1]

@@ -57,25 +57,40 @@ def why_missing(dataset: Dataset, root: str | None) -> str | None:
 
 def _named(name: str, root: str | None, num_samples: int) -> TestSet:
     from zsr.data.shards import ShardSet
-    from zsr.data.suite import dataset_keys, load_card
+    from zsr.data.suite import load_card
     from zsr.data.suite.dataset import Dataset
     from zsr.eval.plan import TestSet
 
-    if name in dataset_keys():
-        card = load_card(name)
+    key = _key_of(name)
+    if key is not None:
+        card = load_card(key)
         split = next(iter(card.splits))
         style = "own" if "own" in card.prompts else next(iter(card.prompts))
         dataset = Dataset(card, split, card.prompts[style], card.metric)
         sentence = why_missing(dataset, root)
         if sentence is not None:
             raise ValueError(f"--data {sentence}")
-        return _of_registry(dataset, root, num_samples, None)
+        test_set = _of_registry(dataset, root, num_samples, None)
+        # An embedded set has an address too: by either name it is worded as any set that is named by its address.
+        return with_template([test_set], test_set.templates[0] if dataset.expected.address else None)[0]
     shards = ShardSet(name)
     if not shards.has_labels:
         raise ValueError(f"{shards.address}: has no labels; accuracy needs a set with classes")
     return TestSet(
         name, "all", shards.index.name, shards, shards.classes, shards.templates[:1], num_samples=num_samples
     )
+
+
+def _key_of(name: str) -> str | None:
+    """The registry's key of a set that is named by it or, where it is embedded, by its address; None for other addresses."""
+    from zsr.data.suite import dataset_keys, load_card
+
+    if name in dataset_keys():
+        return name
+    if not name.startswith("zsr:"):
+        return None
+    first = {next(iter(load_card(key).splits.values())).address: key for key in dataset_keys()}
+    return first.get(name.rstrip("/"))
 
 
 def _of_registry(dataset: Dataset, root: str | None, num_samples: int, suite: Suite | None) -> TestSet:
