@@ -24,13 +24,16 @@ VERSION = 2
 """Of the code that makes verdicts: attacks, defences, preprocessing. Raise it with every change after which the same settings
 may give other verdicts, so that no card and no half-done measurement of before stands for one of after."""
 
+Z95 = 1.96
+"""Standard deviations of a normal variable that 95 % lie within."""
+
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Knowledge = Literal["white-box", "oblivious", "adaptive"]
 """What the attack knew: all of a bare model; the bare model behind a defence, but not the defence; the defence too."""
 
 
 class Share(Config):
-    """A share of samples with its 95 % Wilson interval."""
+    """A share of samples with its 95 % interval: Wilson's, of the value shown."""
 
     count: Annotated[int, Field(ge=0)]
     total: Annotated[int, Field(ge=1)]
@@ -40,10 +43,16 @@ class Share(Config):
     high: Fraction01
 
     @staticmethod
-    def of(count: int, total: int, value: float | None = None) -> Share:
-        share = count / total
-        low, high = wilson_interval(share, total)
-        return Share(count=count, total=total, value=share if value is None else value, low=low, high=high)
+    def of(count: int, total: int, value: float | None = None, worth: float | None = None) -> Share:
+        """A share with its interval.
+
+        Args:
+            value: where it is not count / total.
+            worth: number of samples whose plain share would be as certain as the value; ``total`` by default.
+        """
+        value, worth = count / total if value is None else value, total if worth is None else worth
+        low, high = wilson_interval(value, worth)
+        return Share(count=count, total=total, value=value, low=low, high=high)
 
 
 class ProtocolInfo(Config):
@@ -207,7 +216,7 @@ def read_card(path: Path) -> ResultCard:
         ValueError: the file is no card; the sentence says which file and why.
     """
     try:
-        return ResultCard.model_validate_json(path.read_text(encoding="utf-8"))
+        return ResultCard.model_validate_json(path.read_bytes())
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:3]]
         raise ValueError(
@@ -216,22 +225,31 @@ def read_card(path: Path) -> ResultCard:
 
 
 def find_cards(places: Iterable[Path]) -> list[ResultCard]:
-    """Every card in these files and folders (looked through whole), each once, oldest first.
+    """Every card in these files and folders (looked through whole), each once, the newest of several copies, oldest first.
 
     Raises:
-        ValueError: a place does not exist, or a ``*.card.json`` in it is no card.
+        ValueError: a place does not exist, a ``*.card.json`` in it is no card, or two of one measurement have other numbers.
     """
-    found: dict[str, ResultCard] = {}
+    found: dict[str, tuple[ResultCard, Path]] = {}
     for place in places:
         if not place.exists():
             raise ValueError(f"{place}: there is no such file or folder")
         for path in [place] if place.is_file() else sorted(place.rglob("*.card.json")):
             card = read_card(path)
-            found.setdefault(card.id, card)
-    return sorted(found.values(), key=lambda card: card.created)
+            known, where = found.get(card.id, (card, path))
+            if _numbers(known) != _numbers(card):
+                raise ValueError(
+                    f"{where} and {path} are one measurement (id {card.id}) with different numbers; remove the wrong one"
+                )
+            found[card.id] = max((known, where), (card, path), key=lambda pair: pair[0].created)
+    return sorted((card for card, _ in found.values()), key=lambda card: card.created)
 
 
-def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+def _numbers(card: ResultCard) -> tuple[Share, Share | None, dict[str, Share]]:
+    return card.clean, card.robust, card.survivors
+
+
+def wilson_interval(share: float, count: float, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval of a binomial share; sound at 0 and 1, where the usual one has no width."""
     if count == 0:
         return 0.0, 1.0

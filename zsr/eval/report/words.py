@@ -12,8 +12,8 @@ READING = (
     "Clean is the share of images that are classified right as they are. Robust is the share that is right as it is and still "
     "right after the attack: an upper bound on what a stronger attack would leave.",
     "In brackets stands the 95 % Wilson interval, which covers the choice of images alone, not that of seeds or of the "
-    "training run. Two numbers may be compared if they stand in one column; two columns differ in images, prompts, resolution "
-    "or attack, so their numbers may not.",
+    "training run; that of a mean over classes follows from each class's own count. Two numbers may be compared if they stand "
+    "in one column; two columns differ in images, prompts, resolution or attack, so their numbers may not.",
     "Bold is the best of a column and everything whose interval overlaps the best's, that is, cannot be told from it by "
     "intervals. No bold: no row can be told from the best.",
 )
