@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from zsr.attacks.checks import Finding
 from zsr.cli.main import app, main
+from zsr.eval.card import find_cards
 from zsr.eval.report import write_report
 
 VOID = {"meta", "br", "img", "input", "use", "link", "path"}
@@ -183,6 +184,41 @@ def test_bad_input_is_a_sentence(
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1 and not Path("out").exists()
+
+
+def test_examples_are_of_one_attack_and_norm_and_there_of_the_largest_budget(tmp_path: Path) -> None:
+    from zsr.eval.report.examples import find_examples, pick_examples
+    from zsr.eval.report.grid import make_rows
+
+    l2 = {"norm": "l2", "name": "pgd", "title": "PGD-10"}
+    cards = [make_card(model, eps=eps) for model in ("a", "b") for eps in (1, 4, 2)]
+    cards += [
+        make_card(model, eps=128, attack=l2) for model in ("a", "b")
+    ]  # 128/255 in L2 is no larger than 4/255 in L-inf
+    cards += [make_card("a", eps=8, attack={"name": "square", "title": "Square"})]  # no other row has it
+    store(cards, tmp_path)
+    for card in cards:
+        store_examples(card, tmp_path)
+    rows, row_of = make_rows(cards)
+    picked, _ = pick_examples(cards, find_examples([tmp_path]), rows, row_of)
+    shown = [(one.row.label, one.card.attack.title, one.card.attack.eps_text) for one in picked if one.card.attack]
+    assert shown == [("a", "AutoAttack", "4/255"), ("b", "AutoAttack", "4/255")]
+
+
+def test_copies_of_a_card_are_one_and_contradictions_are_named(tmp_path: Path) -> None:
+    card = make_card(robust=40)
+    newer = card.model_copy(
+        update={"created": "2026-02-01T00:00:00Z", "checks": [Finding(id="tie", level="ok", sentence="s")]}
+    )
+    places = [store([one], tmp_path / name) for name, one in (("new", newer), ("old", card))]
+    assert find_cards(places) == [newer] == find_cards(reversed(places))
+    other = card.model_copy(update={"robust": make_card(robust=41).robust})
+    with pytest.raises(ValueError, match=f"id {card.id}.* with different numbers; remove") as fault:
+        find_cards([*places, store([other], tmp_path / "other")])
+    assert str(tmp_path / "new") in str(fault.value) and str(tmp_path / "other") in str(fault.value)
+    (tmp_path / "bytes.card.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"bytes\.card\.json is no result card"):
+        find_cards([tmp_path / "bytes.card.json"])
 
 
 def test_examples_show_the_perturbation_amplified(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from zsr.eval.card import ResultCard
-from zsr.eval.report.grid import Row, group, set_label
+from zsr.eval.report.grid import Row, family_of, group, set_label
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 _NEEDED = ("clean", "attacked", "label", "clean_pred", "attacked_pred", "class_names")
@@ -69,7 +70,9 @@ def pick_examples(
     cards: Sequence[ResultCard], files: Mapping[str, Path], rows: Sequence[Row], row_of: Mapping[str, str],
     *, each: int = 3, total: int = 48,
 ) -> tuple[list[Examples], int]:  # fmt: skip
-    """A few samples for each row and set, from the card with the largest budget; and how many pairs had to be left out.
+    """A few samples for each row and set; and how many pairs had to be left out.
+
+    Budgets compare only within an attack and a norm: of the attack that most pairs have, the card with the largest budget.
 
     Raises:
         ValueError: a file of examples cannot be read.
@@ -77,7 +80,10 @@ def pick_examples(
     having = [card for card in cards if card.id in files and card.attack]
     by_pair = group(having, lambda card: f"{row_of[card.id]} {card.dataset.key} {card.dataset.split}")
     place = {row.key: number for number, row in enumerate(rows)}
-    picked = [max(found, key=lambda card: card.attack.eps if card.attack else 0) for found in by_pair.values()]
+    common = Counter(family for found in by_pair.values() for family in dict.fromkeys(map(_family, found)))
+    picked = [
+        max(found, key=lambda card: (common[_family(card)], _family(card), _eps(card))) for found in by_pair.values()
+    ]
     picked.sort(key=lambda card: (card.dataset.key, card.dataset.split, place[row_of[card.id]]))
     room = total // each
     step = max(1.0, len(picked) / room)  # spread over all of them, not the first sets alone
@@ -85,6 +91,16 @@ def pick_examples(
     by_key = {row.key: row for row in rows}
     made = [load_examples(files[card.id], card, by_key[row_of[card.id]], each) for card in kept]
     return [one for one in made if one.samples], len(picked) - len(kept)
+
+
+def _family(card: ResultCard) -> str:
+    assert card.attack is not None
+    return f"{card.attack.norm} {family_of(card.attack)}"  # linf comes after l2, so it wins where both are as common
+
+
+def _eps(card: ResultCard) -> float:
+    assert card.attack is not None
+    return card.attack.eps
 
 
 def load_examples(path: Path, card: ResultCard, row: Row, most: int) -> Examples:

@@ -89,10 +89,7 @@ class Block:
     @property
     def family(self) -> str:
         """Shared by the budgets of one attack; a step size may follow from the budget."""
-        if self.attack is None:
-            return ""
-        rest = self.attack.model_dump(exclude={"eps", "eps_text", "settings"})
-        return digest_of(rest, {k: v for k, v in self.attack.settings.items() if k not in ("eps", "step_size")})
+        return "" if self.attack is None else family_of(self.attack)
 
 
 @dataclass
@@ -181,6 +178,12 @@ def _columns(
         cells = {row: cell_of(own) for row, own in group(found, lambda card: row_of[card.id]).items()}
         columns.append(Column(key, labels[key], sets[key], found[0].protocol.metric, _clean_key(found[0]), cells))
     return columns
+
+
+def family_of(attack: AttackInfo) -> str:
+    """Shared by the budgets of one attack; a step size may follow from the budget."""
+    rest = attack.model_dump(exclude={"eps", "eps_text", "settings"})
+    return digest_of(rest, {k: v for k, v in attack.settings.items() if k not in ("eps", "step_size")})
 
 
 def _robust_cell(cards: list[ResultCard]) -> Cell:
