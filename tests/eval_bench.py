@@ -19,9 +19,9 @@ from zsr.models import TextBank, load_model
 SEED = 3
 
 
-def make_scene(model_name: str, shards: Path | str, pixels: int = 32, num_samples: int = 0) -> Scene:
+def make_scene(model_name: str, shards: Path | str, pixels: int = 32, num_samples: int = 0, **settings: Any) -> Scene:
     """The bare model on a set; at ``pixels`` epsilon applies."""
-    model, found = load_model(ModelConfig(name=model_name)).eval(), ShardSet(shards)
+    model, found = load_model(ModelConfig(name=model_name, **settings)).eval(), ShardSet(shards)
     head = ZeroShotHead(model, TextBank(model), found.classes, found.templates[:1])
     return Scene(Images(found, pixels, num_samples), plain_target(head), found.classes, device="cpu", seed=SEED)
 

@@ -166,6 +166,17 @@ def test_few_survivors_among_many_images_are_those_that_are_probed(tiny_model_na
         assert "of 3 images that stand after the attack" in found[check].sentence.replace("none of", "of")
 
 
+@pytest.mark.parametrize(("share", "grave"), [(0.0, {"ok"}), (0.5, {"warn", "fail"})])
+def test_probes_look_at_the_random_model_that_was_attacked(tiny_model_name, small_shards, share, grave):
+    scene = make_scene(tiny_model_name, small_shards, num_samples=8, attention_drop=share)
+    clean = classify_clean(scene, {"bare": Ledger(None, "")})
+    attack = PGD(PGDConfig(eps="1/255", step_size="1/255", steps=1))
+    verdicts = run_attack(scene, attack, clean, Ledger(None, ""))
+    clean = Clean({"bare": scene.images.label}, {"bare": []})  # whatever it answers, there is something to look at
+    found = {f.id: f.level for f in measure._probe(scene, Job(Path(), attack, {}), "bare", clean, verdicts)}
+    assert found["randomised"] in grave
+
+
 def test_the_mean_over_classes_weighs_classes_alike():
     right, label = np.array([True, True, True, False]), np.array([0, 0, 0, 2])
     share = share_of(right, label, by_class=True)

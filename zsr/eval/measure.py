@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from zsr.attacks.base import input_gradients_only
 from zsr.attacks.checks import Finding, boundary_finding, gravest_first, judge
 from zsr.attacks.noise import sample_seeds
 from zsr.eval.card import Cost, ResultCard, write_card
@@ -173,7 +172,7 @@ def _probe(scene: Scene, job: Job, judge: str, clean: Clean, verdicts: Verdicts)
     standing_B = torch.from_numpy(standing[rows]).to(scene.device)
     facts = scene.facts(attack, verdicts.lines, judge)
     served = target.judges[judge]
-    with input_gradients_only(*target.towers):
+    with scene.still():  # the classifier that was attacked, random columns and all
         if served.defended is None:
             return probe(served, attack, image_BCHW, label_B, seeds, ~standing_B, facts)
         left = standing_B.nonzero().flatten().tolist()

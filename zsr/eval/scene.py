@@ -106,7 +106,7 @@ class Scene:
         if batch is None:
             batch = self.images.batch(request.ids)
         image_BCHW, label_B = batch.image.to(self.device).float() / 255, batch.label.to(self.device)
-        with self._still(), count_passes(self.target.towers) as passes:
+        with self.still(), count_passes(self.target.towers) as passes:
             found = None
             judged_BCHW = image_BCHW
             if request.attack is not None:
@@ -162,7 +162,7 @@ class Scene:
         return torch.tensor([sample in samples for sample in request.ids], dtype=torch.bool, device=self.device)
 
     @contextmanager
-    def _still(self) -> Iterator[None]:
+    def still(self) -> Iterator[None]:
         """Eval mode, no gradients of weights, and the same random columns for every batch of a model that hides some."""
         with ExitStack() as stack:
             stack.enter_context(input_gradients_only(*self.target.towers))
