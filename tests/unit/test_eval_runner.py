@@ -5,6 +5,7 @@ Shapes: B images, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,13 @@ from zsr.attacks.pgd import PGD, PGDConfig
 from zsr.data.shards import ShardSet
 from zsr.eval import measure
 from zsr.eval.images import Images
-from zsr.eval.ledger import Ledger, Line
+from zsr.eval.ledger import CLEAN, Ledger, Line
 from zsr.eval.measure import bf16_finding
 from zsr.eval.plan import Job
 from zsr.eval.runner import Clean, Moment, Verdicts, classify_clean, run_attack, survivors
+from zsr.eval.scene import Request, Scene
 from zsr.eval.shares import share_of
-from zsr.eval.target import enlarge
+from zsr.eval.target import Served, Target, enlarge
 
 torch.set_num_threads(1)
 EMOJI = ("zsr:emoji-vit", "zsr:emoji/train", 64, 16)  # a split on which nearly all is right, so that attacks have work
@@ -175,6 +177,28 @@ def test_probes_look_at_the_random_model_that_was_attacked(tiny_model_name, smal
     clean = Clean({"bare": scene.images.label}, {"bare": []})  # whatever it answers, there is something to look at
     found = {f.id: f.level for f in measure._probe(scene, Job(Path(), attack, {}), "bare", clean, verdicts)}
     assert found["randomised"] in grave
+
+
+class Queued(torch.Tensor):
+    """Numbers of a device that has not computed them yet: who reads them waits."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.tolist:
+            time.sleep(0.3)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_seconds_end_when_the_predictions_are_there(tiny_model_name, small_shards):
+    scene = make_scene(tiny_model_name, small_shards, num_samples=2)
+    slow = Served(lambda x: scene.target.seen.head(x).as_subclass(Queued))
+    slow.head.model = scene.target.seen.head.model
+    queued = Scene(
+        scene.images, Target(scene.target.seen, {"bare": slow}, {"bare": "white-box"}), scene.class_names, device="cpu"
+    )
+    request = Request(CLEAN, scene.images.ids.tolist(), ("bare",))
+    assert scene.do(request).line.pred == queued.do(request).line.pred
+    assert scene.do(request).line.seconds < 0.3 <= queued.do(request).line.seconds
 
 
 def test_the_mean_over_classes_weighs_classes_alike():
