@@ -249,12 +249,25 @@ def test_a_suite_is_measured_as_its_protocol_says(suite, tiny_model_name, tmp_pa
         (["--model", "zsr:emoji-vit", "--attack", "adaptive"], "--attack adaptive: needs a defence to know"),
         (["--model", "zsr:emoji-vit", "--craft-template", "a"], "--craft-template 'a': needs {}"),
         (["--model", "zsr:emoji-vit", "--attack", "none", "--craft-superclasses"], "--craft-superclasses: needs an attack"),
-        (["--model", "zsr:emoji-vit", "--log", "--attack", "none", "--num-samples", 1], "is no run's folder"),
+        (["--model", "zsr:emoji-vit", "--log", "--dry-run"], "--log: zsr:emoji-vit is no run's folder"),
+        (["--model", "zsr:emoji-vit", "--mlflow-run", "a", "--dry-run"], "--mlflow-run a: tracking.uri is empty"),
+        (["--model", "zsr:emoji-vit", "--tracking-uri", "sqlite:///a.db"], "nothing is put there without --mlflow-run"),
+        (["--model", "zsr:emoji-vit", "--pretrained", "openai"], "--pretrained openai: zsr:emoji-vit brings its own weights"),
+        (["--model", "zsr:emoji-vit", "--device", "gpu"], "--device gpu: torch has no such device here; it has cpu"),
+        (["--model", "zsr:emoji-vit", "--device", "cuda:77"], "--device cuda:77: torch has no such device here"),
     ],
 )  # fmt: skip
-def test_mistakes_are_answered_in_a_sentence(options, says, capsys):
+def test_mistakes_are_answered_in_a_sentence_before_anything_is_measured(options, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert call("eval", *options) == 2
     assert says in capsys.readouterr().err
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_card_of_other_bytes_is_named(tmp_path):
+    (tmp_path / "a.card.json").write_bytes(b"\xff\xfe\x00card")
+    with pytest.raises(ValueError, match=r"a\.card\.json is no result card"):
+        cards_in(tmp_path)
 
 
 def test_the_schema_is_printed(capsys):

@@ -78,13 +78,14 @@ def run(order: Order, dry_run: bool) -> None:
     Raises:
         ValueError, OSError: a model or a set cannot be read.
     """
-    import torch
-
     from zsr.cli.eval_progress import EvalProgress
     from zsr.cli.eval_table import show_cards
+    from zsr.cli.eval_tracking import check_tracking
+    from zsr.cli.models import read_device
     from zsr.eval.card import read_card
 
-    device = order.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = read_device(order.device)
+    check_tracking(order.models, order.mlflow_run, order.log, order.tracking_uri)
     for sentence in order.missing:
         typer.echo(f"missing: {sentence}")
     cards: list[ResultCard] = []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zsr.config.schema import TrackingConfig
     from zsr.eval.card import ResultCard
     from zsr.tracking import RunTracker
 
@@ -101,9 +102,40 @@ def training_tracker(model: str, uri: str | None) -> RunTracker:  # type: ignore
     Raises:
         ValueError: the model is no run's folder, or the run was not tracked.
     """
+    from zsr.tracking import make_tracker
+
+    tracked, start, folder = _training_run(model, uri)
+    return make_tracker(tracked, run_name=start["name"], key=start["key"], parent=start["parent"], folder=folder)
+
+
+def check_tracking(models: Sequence[str], mlflow_run: str | None, log: bool, uri: str | None) -> None:
+    """Find out before anything is measured whether there are runs to put it on.
+
+    Raises:
+        ValueError: MLflow has no address, a model that is to be logged is no tracked run, or an address is of no use.
+    """
+    from zsr.tracking.mlflow import mlflow_uri
+
+    if mlflow_run is None and not log:
+        if uri is not None:
+            raise ValueError(f"--tracking-uri {uri}: nothing is put there without --mlflow-run or --log; add one")
+        return
+    asked = [] if mlflow_run is None else [(f"--mlflow-run {mlflow_run}", uri)]
+    for model in models if log else ():
+        tracked, _, _ = _training_run(model, uri)
+        if tracked.name == "mlflow":
+            asked.append(("--log", tracked.uri))
+    for option, address in asked:
+        try:
+            mlflow_uri(address)
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}; --tracking-uri says it here") from None
+
+
+def _training_run(model: str, uri: str | None) -> tuple[TrackingConfig, dict[str, Any], Path]:
+    """How a run was tracked, its first record, and where its records are."""
     from zsr.cli.models import find_checkpoint
     from zsr.config.schema import TrackingConfig
-    from zsr.tracking import make_tracker
     from zsr.tracking.spool import read_records
 
     try:
@@ -118,11 +150,5 @@ def training_tracker(model: str, uri: str | None) -> RunTracker:  # type: ignore
             tracked = TrackingConfig.model_validate(start["config"])
             if uri is not None:
                 tracked = tracked.model_copy(update={"name": "mlflow", "uri": uri})
-            return make_tracker(
-                tracked,
-                run_name=start["name"],
-                key=start["key"],
-                parent=start["parent"],
-                folder=spool.parent,
-            )
+            return tracked, start, spool.parent
     raise ValueError(f"--log: {checkpoint} belongs to no tracked run; name a run with --mlflow-run")

@@ -145,6 +145,7 @@ def evaluate(
     from zsr.cli.defended import read_defense
     from zsr.cli.eval_jobs import Order, run
     from zsr.cli.eval_sets import read_sets
+    from zsr.cli.models import takes_pretrained
     from zsr.data.suite import load_suite
 
     if not model:
@@ -153,6 +154,8 @@ def evaluate(
         raise ValueError(f"--template {template!r}: needs {{}} where the class name goes")
     if template is not None and suite is not None:
         raise ValueError("--template: the prompts are the suite's; leave it out, or name sets with --data")
+    if pretrained is not None and not any(map(takes_pretrained, [*model, *([gate_model] if gate_model else [])])):
+        raise ValueError(f"--pretrained {pretrained}: {model[0]} brings its own weights; leave it out")
     names = attack or ["pgd"]
     if "none" in names and len(names) > 1:
         raise ValueError("--attack none: stands alone; leave out the other attacks")

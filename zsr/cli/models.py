@@ -43,6 +43,30 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
+def read_device(device: str | None) -> str:
+    """The device of an option's value: cuda where there is one, else cpu, without one.
+
+    Raises:
+        ValueError: torch has no such device here.
+    """
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):  # torch has one for each way to be wrong
+        there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise ValueError(f"--device {device}: torch has no such device here; it has {', '.join(there)}") from None
+    return device
+
+
+def takes_pretrained(name: str) -> bool:
+    """Whether a model is an architecture's name, which open_clip has weights for; folders and schemes bring their own."""
+    folder = Path(name).expanduser()
+    return ":" not in name and not folder.is_dir() and len(folder.parts) == 1
+
+
 def load_named(name: str, pretrained: str | None, precision: Precision, device: str) -> tuple[RobustCLIP, str | None]:
     """Load a checkpoint folder, an exported folder or a model name; return it with its training template, if known.
 
