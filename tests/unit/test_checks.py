@@ -8,7 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from zsr.attacks.checks import CHECKS, LEVELS, MIN_RANGE, ZERO_GRAD_LIMIT, Facts, Finding, judge, metrics_of, tolerance
+from zsr.attacks.apgd import APGD, APGDConfig
+from zsr.attacks.autoattack import AutoAttack, AutoAttackConfig
+from zsr.attacks.checks import (
+    CHECKS,
+    LEVELS,
+    MIN_RANGE,
+    ZERO_GRAD_LIMIT,
+    Facts,
+    Finding,
+    judge,
+    losses_of,
+    metrics_of,
+    tolerance,
+)
+from zsr.attacks.pgd import PGD, PGDConfig
 
 NAMES = ("ash", "beech", "cedar", "deal", "elm")
 EPS = 4 / 255
@@ -197,6 +211,43 @@ def test_few_classes(num_classes: int, aside: str) -> None:
     finding = Measurement(num_classes).findings()["few-classes"]
     assert finding.level == "note"
     assert f" {aside} " in finding.sentence
+
+
+@pytest.mark.filterwarnings("ignore:the dlr")
+@pytest.mark.parametrize(
+    ("attack", "levels"),  # with 2, 3 and 4 classes
+    [
+        (APGD(APGDConfig(eps=EPS, loss="dlr")), ("fail", "ok", "ok")),
+        (APGD(APGDConfig(eps=EPS, loss="dlr-targeted")), ("fail", "fail", "ok")),
+        (AutoAttack(AutoAttackConfig(eps=EPS)), ("warn", "warn", "ok")),
+        (
+            AutoAttack(AutoAttackConfig(eps=EPS, version="custom", attacks=("apgd-dlr", "apgd-t"))),
+            ("fail", "warn", "ok"),
+        ),
+        (PGD(PGDConfig(eps=EPS, step_size=EPS)), ("ok", "ok", "ok")),
+    ],
+)
+def test_an_attack_of_which_nothing_ran_is_no_robustness(attack: Any, levels: tuple[str, ...]) -> None:
+    for num_classes, level in zip((2, 3, 4), levels, strict=True):
+        seen = Measurement(num_classes)
+        seen.facts["losses"] = losses_of(attack)
+        assert seen.findings()["few-classes"].level == level
+        if level == "fail":  # and so it is: every image comes back as it was
+            image_BCHW, label_B = torch.rand(3, 3, 4, 4), torch.zeros(3, dtype=torch.long)
+            found = attack.attack_classifier(_Edge(num_classes), image_BCHW, label_B, [1, 2, 3])
+            assert torch.equal(found.image_BCHW, image_BCHW) and not found.success_B.any()
+
+
+class _Edge:
+    """Class 0 while the first pixel stays below 2; its gradient says where to go."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+
+    def __call__(self, image_BCHW: Tensor) -> Tensor:
+        first_B = image_BCHW[:, 0, 0, 0]
+        others_BC = (first_B - 2)[:, None].expand(-1, self.num_classes - 1)
+        return torch.cat([torch.zeros_like(first_B)[:, None], others_BC], dim=1)
 
 
 def test_findings_come_gravest_first_and_as_numbers_for_the_tracker() -> None:

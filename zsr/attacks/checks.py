@@ -8,14 +8,15 @@ own are in zsr/eval/probes.py. Sources: METHODS.md (b); Croce & Hein's flags.md 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from zsr.attacks.losses import needs_more_classes
 from zsr.attacks.threat import Norm, ThreatModel
 from zsr.config.base import Config
 
@@ -83,6 +84,7 @@ class Facts:
         eps, norm: of the threat model; None for eps leaves out the check of the ball.
         expects_logits: whether probabilities would be a mistake.
         chance_level: the set is known as one where a constant answer scores like a robust model.
+        losses: of the attack's stages, by their names (:func:`losses_of`); None where nothing is attacked.
         sums: whole numbers; hand another measurement's to :meth:`add` (a rank's, or a finished part's from a file).
     """
 
@@ -91,6 +93,7 @@ class Facts:
     norm: Norm = "linf"
     expects_logits: bool = True
     chance_level: bool = False
+    losses: Mapping[str, str] | None = None
     sums: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -160,6 +163,12 @@ class Facts:
 def tolerance(norm: Norm, eps: float, num_values: int) -> float:
     """By how much fp32 rounding may exceed epsilon: 1e-6 for one value; for L2 the length of such errors in all of them."""
     return _ROUNDING if norm == "linf" else 0.1 * _ROUNDING * num_values**0.5 + 1e-5 * eps
+
+
+def losses_of(attack: Any) -> dict[str, str]:
+    """The loss that each stage of an attack maximises, by the stage's name; empty for stages without a choice of losses."""
+    names = attack.stages or (attack.config.name,)
+    return {name: getattr(part.config, "loss", "") for name, part in zip(names, attack.parts, strict=True)}
 
 
 class _Seen(NamedTuple):
@@ -255,9 +264,23 @@ def _of_names(seen: _Seen) -> Iterator[Finding]:
     level: Level = "ok" if not twins else "warn" if 10 * extra > num else "note"
     sentence = f"{extra} of {num} class names are another's" + (f": {', '.join(twins[:5])}" if twins else "")
     yield Finding(id="duplicate-class-names", level=level, sentence=sentence, value=float(extra))
-    aside = {1: "apgd-dlr and apgd-t step", 2: "apgd-dlr and apgd-t step", 3: "apgd-t steps"}.get(num)
-    sentence = f"{num} classes: {aside} aside" if aside else f"{num} classes are enough for every loss"
-    yield Finding(id="few-classes", level="note" if aside else "ok", sentence=sentence, value=float(num))
+
+
+def _of_classes(seen: _Seen) -> Iterator[Finding]:
+    num, losses = len(seen.facts.class_names), seen.facts.losses
+    if losses is None:
+        aside = {1: "apgd-dlr and apgd-t step", 2: "apgd-dlr and apgd-t step", 3: "apgd-t steps"}.get(num)
+        level: Level = "note" if aside else "ok"
+        sentence = f"{num} classes: {aside} aside" if aside else f"{num} classes are enough for every loss"
+    else:
+        idle = [stage for stage, loss in losses.items() if needs_more_classes(loss, num)]
+        level = "ok" if not idle else "fail" if len(idle) == len(losses) else "warn"
+        sentence = f"{num} classes are enough for the attack's losses"
+        if idle:
+            sentence = f"{num} classes: {len(idle)} of {len(losses)} stages stepped aside ({', '.join(idle)})"
+        if level == "fail":
+            sentence += ", so nothing was attacked"
+    yield Finding(id="few-classes", level=level, sentence=sentence, value=float(num))
 
 
 def _of_chance(seen: _Seen) -> Iterator[Finding]:
@@ -284,5 +307,5 @@ def _of_chance(seen: _Seen) -> Iterator[Finding]:
 
 
 _JUDGES: tuple[Callable[[_Seen], Iterator[Finding]], ...] = (
-    _of_clean, _of_attacked, _of_numbers, _of_names, _of_chance,
+    _of_clean, _of_attacked, _of_numbers, _of_names, _of_classes, _of_chance,
 )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 LossName = Literal["ce", "dlr", "dlr-targeted", "margin"]
 
 _TINY = 1e-12  # where the ordered logits of a denominator coincide
-_NEEDS_CLASSES = {"ce": 2, "margin": 2, "dlr": 3, "dlr-targeted": 4}
+_NEEDS_CLASSES: dict[str, int] = {"ce": 2, "margin": 2, "dlr": 3, "dlr-targeted": 4}
 
 
 def classifier_loss(name: LossName, logits_BC: Tensor, label_B: Tensor, target_B: Tensor | None = None) -> Tensor:
@@ -61,9 +61,14 @@ def likely_targets(logits_BC: Tensor, label_B: Tensor, most: int) -> Tensor:
     return others_BC.topk(min(most, logits_BC.shape[1] - 1)).indices
 
 
+def needs_more_classes(name: str, num_classes: int) -> bool:
+    """Whether the loss is undefined for so few classes; of a loss that is not one of these, whether there is but one."""
+    return num_classes < _NEEDS_CLASSES.get(name, 2)
+
+
 def steps_aside(name: LossName, num_classes: int) -> bool:
     """Whether the loss is undefined for so few classes; says so in a warning (once, by Python's own rule)."""
-    if num_classes >= _NEEDS_CLASSES[name]:
+    if not needs_more_classes(name, num_classes):
         return False
     warnings.warn(
         f"the {name} loss needs {_NEEDS_CLASSES[name]} classes and there are {num_classes}: its attack is left out",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zsr.attacks.base import Attack, AttackResult, input_gradients_only
-from zsr.attacks.checks import Facts, Finding, judge
+from zsr.attacks.checks import Facts, Finding, judge, losses_of
 from zsr.attacks.noise import sample_seeds
 from zsr.data.pipeline import eval_batches, subset_ids
 from zsr.data.shards import ShardSet
@@ -161,7 +161,7 @@ def _facts(attack: Attack | None, class_names: Sequence[str]) -> Facts:  # type:
     if attack is None or not hasattr(attack, "threat"):
         return Facts(class_names)
     threat = attack.threat()
-    return Facts(class_names, eps=threat.eps, norm=threat.norm)
+    return Facts(class_names, eps=threat.eps, norm=threat.norm, losses=losses_of(attack))
 
 
 def attack_rows(

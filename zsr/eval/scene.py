@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zsr.attacks.base import Attack, AttackResult, input_gradients_only
-from zsr.attacks.checks import Facts
+from zsr.attacks.checks import Facts, losses_of
 from zsr.attacks.noise import sample_seeds
 from zsr.attacks.threat import ThreatModel
 from zsr.data.pipeline import Batch
@@ -84,8 +84,10 @@ class Scene:
 
     def facts(self, attack: Attack[Any] | None, lines: Iterable[Line], judge: str) -> Facts:
         """What these batches showed of a judge."""
-        threat = {} if attack is None else {"eps": attack.config.eps, "norm": attack.config.norm}
-        facts = Facts(self.class_names, chance_level=self.chance_level, **threat)
+        of_attack: dict[str, Any] = {}
+        if attack is not None:
+            of_attack = {"eps": attack.config.eps, "norm": attack.config.norm, "losses": losses_of(attack)}
+        facts = Facts(self.class_names, chance_level=self.chance_level, **of_attack)
         total = torch.zeros_like(facts.sums)
         for line in lines:
             for place, number in line.facts.get(judge, {}).items():
