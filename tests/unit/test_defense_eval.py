@@ -239,6 +239,10 @@ def test_eval_prints_both_rows_and_says_that_the_attack_is_oblivious(tmp_path: P
     for key, card in bare.items():  # the same card, whether a defence was measured beside it or not
         assert both[key].attack is not None and both[key].attack.knowledge == "white-box"
         assert (both[key].clean, both[key].robust) == (card.clean, card.robust)
+        assert card.cost.clean_passes == both[key].cost.clean_passes == 12  # its own, not half of both judges'
+        assert (card.cost.shared_by, both[key].cost.shared_by) == (1, 2)
+        assert card.cost.probe_passes == 0
+    assert {card.cost.clean_passes for card in behind} == {12 * 4}
 
 
 @pytest.mark.parametrize(

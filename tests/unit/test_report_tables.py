@@ -9,7 +9,8 @@ import pytest
 from card_factory import make_card
 
 from zsr.attacks.checks import Finding
-from zsr.eval.card import ResultCard
+from zsr.eval.card import Cost, ResultCard
+from zsr.eval.report.effort import cost_lines
 from zsr.eval.report.figures import pareto
 from zsr.eval.report.grid import Cell, Sheet, make_rows, make_sheets
 from zsr.eval.report.marks import mark_sheet
@@ -148,3 +149,26 @@ def test_what_failed_a_check_is_neither_best_nor_on_the_front() -> None:
 def test_differences_to_the_baseline() -> None:
     (sheet,) = sheets_of(make_card("a", robust=40), make_card("b", robust=55), baseline="a")
     assert [cell(sheet, row, "pets").delta for row in "ab"] == [None, pytest.approx(0.15)]  # type: ignore[union-attr]
+
+
+def test_what_cards_repeat_is_counted_once_and_what_rows_share_is_split() -> None:
+    def card(seconds: float, passes: int, eps: int, defense: str | None, dataset: str = "pets") -> ResultCard:
+        made = make_card("a", dataset, eps=eps, defense=defense)
+        clean = {"clean_seconds": 6, "clean_passes": 600} if defense else {"clean_seconds": 1, "clean_passes": 100}
+        cost = Cost(
+            seconds=seconds, images_per_s=1, encoder_passes=passes, device="cpu", shared_by=2,
+            probe_seconds=0 if defense else 4, probe_passes=0 if defense else 40, **clean,
+        )  # fmt: skip
+        return made.model_copy(update={"cost": cost})
+
+    # Two budgets, each from one run of the attack of 20 s and 2000 passes that gave the card of both rows.
+    cards = [card(21, 2100, eps, None) for eps in (1, 4)] + [card(26, 2600, eps, "ttc") for eps in (1, 4)]
+    rows, row_of = make_rows(cards)
+    bare, behind = cost_lines(cards, rows, row_of)
+    assert (bare.seconds, bare.encoder_passes) == (1 + 2 * (10 + 4), 100 + 2 * (1000 + 40))
+    assert (behind.seconds, behind.encoder_passes) == (6 + 2 * 10, 600 + 2 * 1000)
+    assert bare.seconds + behind.seconds == 1 + 6 + 2 * 20 + 2 * 4  # what was done in fact
+    # Another set has clean predictions of its own; a card from before says nothing, and gives all that it has.
+    more = [*cards, card(21, 2100, 1, None, "cars"), make_card("a", "cars", eps=4)]
+    rows, row_of = make_rows(more)
+    assert cost_lines(more, rows, row_of)[0].seconds == bare.seconds + (1 + 10 + 4) + 12.5

@@ -140,7 +140,7 @@ class AttackInfo(Config):
 
 
 class Cost(Config):
-    """What it took."""
+    """What it took: clean predictions and attack, without the probes."""
 
     seconds: float
     images_per_s: float
@@ -148,6 +148,14 @@ class Cost(Config):
     """Image-encoder forward and backward passes, one for each image."""
     device: str
     workers: int = 1
+    clean_seconds: float = 0
+    """Of ``seconds``: the clean predictions, which every card of the model on the set repeats. 0 in cards that do not say."""
+    clean_passes: int = 0
+    shared_by: Annotated[int, Field(ge=1)] = 1
+    """Cards that came of the attack's one run; each gives the whole of it."""
+    probe_seconds: float = 0
+    """Besides: the checks that ran attacks of their own."""
+    probe_passes: int = 0
 
 
 class ResultCard(Config):

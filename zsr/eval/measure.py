@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from zsr.eval.ledger import Ledger, Line
 from zsr.eval.plan import Blank, Job
 from zsr.eval.probes import probe, probe_blindly, to_probe
 from zsr.eval.runner import Clean, Crew, LocalCrew, Tell, Verdicts, classify_clean, run_attack, still_right, survivors
-from zsr.eval.scene import Scene
+from zsr.eval.scene import Scene, count_passes
 from zsr.eval.shares import share_of
 
 
@@ -40,6 +41,15 @@ class Means:
     probes: bool = True
     device: str = "cpu"
     environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the expensive checks found of a judge, and what they took."""
+
+    findings: list[Finding]
+    seconds: float = 0.0
+    passes: int = 0
 
 
 def measure_clean(scene: Scene, folder: Path, cards: Mapping[str, Blank], means: Means, tell: Tell | None) -> Clean:
@@ -71,7 +81,7 @@ def measure(scene: Scene, job: Job, clean: Clean, means: Means, tell: Tell | Non
     """
     images, attack = scene.images, job.attack
     if attack is None:
-        return [_finish(scene, job, name, clean, None, [], means) for name in job.cards]
+        return [_finish(scene, job, name, clean, None, Probed([]), means) for name in job.cards]
     owner = job.owner
     compare = owner.protocol.precision == "bf16"
     examples = Examples(job.folder / f"{owner.id}.examples.npz")
@@ -83,7 +93,7 @@ def measure(scene: Scene, job: Job, clean: Clean, means: Means, tell: Tell | Non
     probed = _probed(scene, job, clean, verdicts, means.probes)
     if compare:  # the first judge alone was asked in float32
         finding = bf16_finding(verdicts.lines, dict(zip(images.ids.tolist(), images.label.tolist())))
-        probed[next(iter(job.cards))].append(finding)
+        probed[next(iter(job.cards))].findings.append(finding)
     cards = [_finish(scene, job, name, clean, verdicts, probed[name], means) for name in job.cards]
     for name, blank in job.cards.items():
         path = job.folder / f"{blank.id}.examples.npz"
@@ -97,14 +107,14 @@ def _finish(
     name: str,
     clean: Clean,
     verdicts: Verdicts | None,
-    probed: Sequence[Finding],
+    probed: Probed,
     means: Means,
 ) -> ResultCard:
     blank, label, attack = job.cards[name], scene.images.label, job.attack
     by_class = blank.protocol.metric == "mean_per_class"
     lines = [*clean.lines[name], *(() if verdicts is None else verdicts.lines)]
     seconds, total = sum(line.seconds for line in lines), len(scene.images)
-    findings = [*judge(scene.facts(attack, lines, name)), *probed]
+    findings = [*judge(scene.facts(attack, lines, name)), *probed.findings]
     if attack is not None and blank.attacked_elsewhere:
         stops = any(part.config.stops_early for part in attack.parts)
         findings.append(boundary_finding(attack.config.name, stops))
@@ -129,6 +139,11 @@ def _finish(
             encoder_passes=sum(line.passes for line in lines),
             device=means.device,
             workers=means.workers,
+            clean_seconds=round(sum(line.seconds for line in clean.lines[name]), 3),
+            clean_passes=sum(line.passes for line in clean.lines[name]),
+            shared_by=1 if attack is None else len(job.cards),
+            probe_seconds=round(probed.seconds, 3),
+            probe_passes=probed.passes,
         ),
         environment=dict(means.environment),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -137,19 +152,23 @@ def _finish(
     return card
 
 
-def _probed(scene: Scene, job: Job, clean: Clean, verdicts: Verdicts, wanted: bool) -> dict[str, list[Finding]]:
+def _probed(scene: Scene, job: Job, clean: Clean, verdicts: Verdicts, wanted: bool) -> dict[str, Probed]:
     """The expensive checks of each judge, by its name, and a note where they were left out."""
-    found: dict[str, list[Finding]] = {}
+    found: dict[str, Probed] = {}
     for name, blank in job.cards.items():
         if not wanted:
-            found[name] = [_left_out("nobody asked for the probes")]
-        elif blank.attacked_elsewhere:
-            found[name] = [_left_out("no probe looked at this classifier, since the attack saw another")]
-        elif scene.target.surrogate is not None:
-            rest = _left_out("the probes that need a gradient were left out: the attack went through the defence")
-            found[name] = [*_probe(scene, job, name, clean, verdicts), rest]
-        else:
-            found[name] = _probe(scene, job, name, clean, verdicts)
+            found[name] = Probed([_left_out("nobody asked for the probes")])
+            continue
+        if blank.attacked_elsewhere:
+            found[name] = Probed([_left_out("no probe looked at this classifier, since the attack saw another")])
+            continue
+        began = time.perf_counter()
+        with count_passes(scene.target.towers) as passes:
+            findings = _probe(scene, job, name, clean, verdicts)
+        if scene.target.surrogate is not None:
+            why = "the probes that need a gradient were left out: the attack went through the defence"
+            findings = [*findings, _left_out(why)]
+        found[name] = Probed(findings, time.perf_counter() - began, passes[0])
     return found
 
 

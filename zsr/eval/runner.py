@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
@@ -137,7 +138,7 @@ def classify_clean(
     for answer in (crew or LocalCrew()).run(scene, requests):
         line = answer.line
         for name in line.pred:
-            ledgers[name].append(_only(line, name, len(line.pred)))
+            ledgers[name].append(_only(line, name, _shares_of_cost(scene, line)))
         seen += len(line.ids)
         first = next(iter(line.pred.values()))
         wrong += sum(label[sample] != seen_as for sample, seen_as in zip(line.ids, first, strict=True))
@@ -256,15 +257,22 @@ def _batches(samples: Sequence[int], size: int) -> Iterator[list[int]]:
     return (list(samples[start : start + size]) for start in range(0, len(samples), size))
 
 
-def _only(line: Line, judge: str, num_judges: int) -> Line:
+def _shares_of_cost(scene: Scene, line: Line) -> dict[str, Fraction]:
+    """What part of a clean batch's cost is each judge's: the bare model's is one pass, a defence's its own units."""
+    judges = {name: scene.target.judges[name].defended for name in line.pred}
+    units = {name: 1 if defended is None else defended.cost_units for name, defended in judges.items()}
+    return {name: Fraction(own, sum(units.values())) for name, own in units.items()}
+
+
+def _only(line: Line, judge: str, shares: Mapping[str, Fraction]) -> Line:
     """A judge's part of a clean line."""
     facts = {judge: line.facts[judge]} if judge in line.facts else {}
     return Line(
         line.stage,
         line.ids,
         {judge: line.pred[judge]},
-        passes=line.passes // num_judges,
-        seconds=line.seconds / num_judges,
+        passes=round(line.passes * shares[judge]),
+        seconds=line.seconds * float(shares[judge]),
         facts=facts,
     )
 

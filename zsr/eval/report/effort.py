@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from zsr.eval.card import ResultCard
-from zsr.eval.report.grid import Block, Row, Sheet, group
+from zsr.eval.card import Cost, ResultCard
+from zsr.eval.report.grid import Block, Row, Sheet, clean_key, group
 from zsr.eval.report.style import Looks, Plot, finish, frame, handle, legend, panels, set_title, some
 
 
 @dataclass(frozen=True)
 class CostLine:
-    """What a row's cards took together."""
+    """What a row's cards took together: what several cards repeat is counted once, what rows share is split."""
 
     row: Row
     cards: int
@@ -30,6 +30,7 @@ def cost_lines(cards: Sequence[ResultCard], rows: Sequence[Row], row_of: Mapping
     lines = []
     for row in rows:
         found = own[row.key]
+        costs = [card.cost for card in found]
         speeds = [card.cost.images_per_s for card in found]
         devices = dict.fromkeys(
             card.cost.device + (f" x {card.cost.workers}" if card.cost.workers > 1 else "") for card in found
@@ -39,13 +40,28 @@ def cost_lines(cards: Sequence[ResultCard], rows: Sequence[Row], row_of: Mapping
                 row,
                 len(found),
                 sum(card.dataset.samples for card in found),
-                sum(card.cost.seconds for card in found),
-                sum(card.cost.encoder_passes for card in found),
+                _clean_once(found, lambda cost: cost.clean_seconds)
+                + sum(_own(cost.seconds - cost.clean_seconds, cost) + cost.probe_seconds for cost in costs),
+                round(
+                    _clean_once(found, lambda cost: cost.clean_passes)
+                    + sum(_own(cost.encoder_passes - cost.clean_passes, cost) + cost.probe_passes for cost in costs)
+                ),
                 (min(speeds), max(speeds)),
                 ", ".join(devices),
             )
         )
     return lines
+
+
+def _own(amount: float, cost: Cost) -> float:
+    """A card's part of its attack's run."""
+    return amount / cost.shared_by
+
+
+def _clean_once(cards: Sequence[ResultCard], part: Callable[[Cost], float]) -> float:
+    """The clean predictions of each set, which the cards of all its attacks repeat."""
+    sets = group(cards, lambda card: f"{clean_key(card)} {card.seed if card.defense else 0}")
+    return sum(max(part(card.cost) for card in found) for found in sets.values())
 
 
 def cost_plot(lines: Sequence[CostLine], looks: Looks) -> Plot:

@@ -152,7 +152,7 @@ def make_sheets(cards: Sequence[ResultCard], rows: Sequence[Row], row_of: dict[s
 
 
 def _blocks(cards: list[ResultCard], row_of: dict[str, str]) -> list[Block]:
-    clean = Block("clean", "clean", None, _columns(cards, row_of, _clean_key, _clean_cell))
+    clean = Block("clean", "clean", None, _columns(cards, row_of, clean_key, _clean_cell))
     attacked = [card for card in cards if card.attack and card.robust]
     groups = group(attacked, lambda card: digest_of(card.attack and card.attack.model_dump(exclude={"eps_text"})))
     attacks = {key: found[0].attack for key, found in groups.items() if found[0].attack}
@@ -176,7 +176,7 @@ def _columns(
     columns = []
     for key, found in groups.items():
         cells = {row: cell_of(own) for row, own in group(found, lambda card: row_of[card.id]).items()}
-        columns.append(Column(key, labels[key], sets[key], found[0].protocol.metric, _clean_key(found[0]), cells))
+        columns.append(Column(key, labels[key], sets[key], found[0].protocol.metric, clean_key(found[0]), cells))
     return columns
 
 
@@ -213,7 +213,8 @@ def _cell(found: Sequence[tuple[ResultCard, Share]], judged: Iterable[ResultCard
     )
 
 
-def _clean_key(card: ResultCard) -> str:
+def clean_key(card: ResultCard) -> str:
+    """Shared by the cards of one set, whatever the attack."""
     return column_id(card.protocol, card.dataset, None)
 
 

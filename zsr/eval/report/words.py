@@ -19,8 +19,9 @@ READING = (
 )
 OBLIVIOUS = "the attack does not know the defence; an attack that does leaves less, often nothing"
 COST = (
-    "The bare model's card and that of an attack which does not know the defence may come from one run of the attack; each "
-    "then gives the whole cost."
+    "Probes are counted in, clean predictions once for each set. The bare model's card and that of an attack which does not "
+    "know the defence may come from one run of the attack; each then bears its part. Cards that do not say what they share, as "
+    "older ones, are counted whole."
 )
 _COUNTED = 3
 
