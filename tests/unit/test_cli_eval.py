@@ -164,6 +164,40 @@ def test_a_card_has_the_probes_of_its_own_classifier_or_says_that_it_has_none(ti
     }
 
 
+def test_a_card_without_probes_is_not_in_the_way_of_one_with_them(tiny_model_name, small_shards, tmp_path, capsys):
+    order = ["eval", "--model", tiny_model_name, "--data", small_shards, "--num-samples", 8, "--eps", "1/255"]
+    order += ["--steps", 1, "--defense", "ttc", "--out", tmp_path]
+
+    def found() -> dict[str, tuple[Any, set[str]]]:
+        """Of each judge: what was counted, and which probes there are."""
+        return {
+            card.attack.knowledge: ((card.id, card.clean, card.robust), {f.id for f in card.checks} & set(PROBES))
+            for card in cards_in(tmp_path)
+            if card.attack
+        }
+
+    def ledgers() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*.verdicts.jsonl")}
+
+    assert call(*order, "--no-probes") == 0
+    before, kept = found(), ledgers()
+    assert {probes == set() for _, probes in before.values()} == {True}
+    assert call(*order, "--dry-run") == 0
+    assert "to do: " in capsys.readouterr().out
+    assert call(*order) == 0
+    after = found()
+    assert after["white-box"][1] == set(PROBES)
+    assert {name: counts for name, (counts, _) in after.items()} == {
+        name: counts for name, (counts, _) in before.items()
+    }
+    assert ledgers() == kept, "no verdict is made again"
+    capsys.readouterr()
+    for more in ([], ["--no-probes"]):
+        assert call(*order, *more) == 0
+        assert "there already: " in capsys.readouterr().err
+    assert found() == after
+
+
 def write_published(root: Path, name: str, classes: list[str], sizes: list[int], labels: list[int]) -> None:
     """A set as CLIP_benchmark publishes it, of 32-pixel images."""
     folder = root / name / "test"

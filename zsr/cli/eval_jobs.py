@@ -97,7 +97,7 @@ def run(order: Order, dry_run: bool) -> None:
             paths = []
             for scenes in _plan(order, subject, template, device):
                 if dry_run:
-                    _say_plan(scenes)
+                    _say_plan(scenes, order.probes)
                     continue
                 _measure(scenes, subject, _means(order, device, crew), progress)
                 paths += [job.path(judge) for job, _ in scenes.jobs for judge in job.cards]
@@ -271,7 +271,7 @@ def _measure(scenes: Scenes, subject: Subject, means: Means, progress: EvalProgr
     clean: Clean | None = None
     names = {"model": subject.info.label, "set": scenes.test_set.key}
     for job, scene in scenes.jobs:
-        if job.done:
+        if job.done(means.probes):
             typer.echo(f"there already: {', '.join(job.path(judge).name for judge in job.cards)}", err=True)
             progress.job_done(measured=False)
             continue
@@ -284,10 +284,10 @@ def _measure(scenes: Scenes, subject: Subject, means: Means, progress: EvalProgr
         progress.job_done(measured=True)
 
 
-def _say_plan(scenes: Scenes) -> None:
+def _say_plan(scenes: Scenes, probes: bool) -> None:
     for job, _ in scenes.jobs:
         for judge, blank in job.cards.items():
-            state = "there" if job.path(judge).is_file() else "to do"
+            state = "there" if job.there(judge, probes) else "to do"
             typer.echo(
                 f"{state}: {blank.model.label}, {blank.dataset.key} ({blank.dataset.samples} samples), "
                 + (

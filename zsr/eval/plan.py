@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zsr.attacks.base import Attack
+from zsr.attacks.checks import PROBES
 from zsr.config.schema import Precision
 from zsr.data.shards import ShardSet
 from zsr.data.suite import Dataset
@@ -28,6 +29,7 @@ from zsr.eval.card import (
     ProtocolInfo,
     column_id,
     digest_of,
+    read_card,
 )
 from zsr.eval.defended import DefendedCLIP
 from zsr.eval.images import Images
@@ -212,10 +214,21 @@ class Job:
     def owner(self) -> Blank:
         return list(self.cards.values())[-1]
 
-    @property
-    def done(self) -> bool:
-        """Whether every card is there."""
-        return all(self.path(judge).is_file() for judge in self.cards)
+    def there(self, judge: str, probes: bool) -> bool:
+        """Whether a judge's card is there, with the expensive checks if they are wanted and it can have them.
+
+        Raises:
+            ValueError: the file is no card.
+        """
+        path, blank = self.path(judge), self.cards[judge]
+        if not path.is_file() or not probes or blank.attack is None or blank.attacked_elsewhere:
+            return path.is_file()
+        card = read_card(path)
+        return not card.clean.count or any(finding.id in PROBES for finding in card.checks)
+
+    def done(self, probes: bool) -> bool:
+        """Whether every card is there; with ``probes``, each that can have them with those."""
+        return all(self.there(judge, probes) for judge in self.cards)
 
 
 def attack_info(
