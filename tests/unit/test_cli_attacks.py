@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from zsr.cli.attacks import attack_title, read_attacks
+from zsr.cli.attacks import attack_title, read_attacks, suite_attacks
 from zsr.cli.main import main
 from zsr.config import ConfigError
+from zsr.data.suite import load_suite
 from zsr.eval.card import find_cards
 
 
@@ -92,3 +93,21 @@ def test_settings_of_one_of_several_attacks():
     assert (cascade.config.queries, cascade.config.steps, cascade.config.restarts) == (7, 3, 1)
     (single,) = read_attacks("apgd", "1/255", **options).values()
     assert (single.config.steps, single.config.restarts) == (3, 2)
+
+
+def test_a_suites_own_attacks_and_budgets_unless_options_say_otherwise():
+    protocol = load_suite("tga16").protocol
+    none = {"norm": "linf", "steps": None, "step_size": None, "restarts": None}
+    found, words = suite_attacks(protocol, None, given=none, settings=[])
+    assert [label for label, _ in found] == 3 * ["1/255", "2/255", "4/255"]
+    assert {attack.config.name for _, attack in found} == {"pgd", "cw", "autoattack"}
+    pgd, cascade = found[2][1].config, found[-1][1]
+    assert (pgd.steps, pgd.step_size, pgd.eps) == (100, 1 / 255, 4 / 255)
+    assert cascade.stages == ("apgd-ce", "apgd-dlr")
+    assert words == ["suite tga16: steps, step_size, confidence of cw are not known; zsr's own are taken"]
+    given = none | {"steps": 5}
+    found, words = suite_attacks(protocol, "3/255", given=given, settings=["restarts=2"])
+    assert [(label, attack.config.steps) for label, attack in found[:2]] == [("3/255", 5), ("3/255", 5)]
+    assert (found[0][1].config.step_size, found[0][1].config.restarts) == (1 / 255, 2)
+    tecoa, words = suite_attacks(load_suite("tecoa16").protocol, None, given=none, settings=[])
+    assert len(tecoa) == 9 and "suite tecoa16: eps, steps, step_size of pgd are not known" in words[0]

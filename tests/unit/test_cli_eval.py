@@ -269,6 +269,17 @@ def test_a_suite_is_measured_as_its_protocol_says(suite, tiny_model_name, tmp_pa
     assert said.count("to do: ") == 2 and "missing: Patch" in said and not (tmp_path / "plan").exists()
 
 
+def test_a_suite_named_alone_is_attacked_as_its_protocol_says(suite, tiny_model_name, capsys):
+    own = suite[1]
+    own.write_text(own.read_text().replace("attacks: []", "attacks: [{name: cw, eps: [3/255], unknown: [steps]}]"))
+    assert call("eval", "--model", tiny_model_name, *suite, "--dry-run") == 0
+    said = capsys.readouterr()
+    assert said.out.count("CW-10 linf 3/255") == said.out.count("to do: ") == 2
+    assert "suite own: steps of cw are not known; zsr's own are taken" in said.err
+    assert call("eval", "--model", tiny_model_name, *suite, "--dry-run", "--attack", "pgd") == 0
+    assert capsys.readouterr().out.count("PGD-10") == 6
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zsr.attacks.base import Attack
+    from zsr.data.suite import Protocol
 
+EPS = "1/255,2/255,4/255"
 _PGD_STEPS = 10  # of attacks that need a step size; the others have a default of their own
 _ELSEWHERE = {
     "eps": "the budget is what --eps says",
@@ -87,6 +90,32 @@ def read_attacks(
     if not attacks:
         raise ValueError("--eps: names no budget; write such as 1/255,4/255")
     return attacks
+
+
+def suite_attacks(
+    protocol: Protocol, eps: str | None, *, given: Mapping[str, Any], settings: Sequence[str]
+) -> tuple[list[tuple[str, Attack[Any]]], list[str]]:
+    """The attacks of a suite at its budgets, and a sentence for each of which something is not known.
+
+    Args:
+        eps: budgets in place of the protocol's.
+        given: options as for :func:`read_attacks`; what is not None comes before the protocol's.
+
+    Raises:
+        ValueError: as :func:`read_attacks`.
+    """
+    found: list[tuple[str, Attack[Any]]] = []
+    words: list[str] = []
+    others = [entry.name for entry in protocol.attacks]
+    for entry in protocol.attacks:
+        known = [f"{key}={json.dumps(value)}" for key, value in entry.settings.items() if given.get(key) is None]
+        budgets = EPS if isinstance(entry.eps, str) else ",".join(f"{255 * one:g}/255" for one in entry.eps)
+        found += read_attacks(entry.name, eps or budgets, settings=[*known, *settings], others=others, **given).items()
+        unknown = [*(["eps"] if isinstance(entry.eps, str) and eps is None else []), *entry.unknown]
+        left = [key for key in unknown if given.get(key) is None]
+        if left:
+            words.append(f"suite {protocol.key}: {', '.join(left)} of {entry.name} are not known; zsr's own are taken")
+    return found, words
 
 
 @dataclass(frozen=True)

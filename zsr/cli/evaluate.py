@@ -5,9 +5,12 @@ from __future__ import annotations
 import enum
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from zsr.attacks.base import Attack
 
 app = typer.Typer(help="Measure clean and robust zero-shot accuracy; write result cards.")
 
@@ -50,13 +53,14 @@ def evaluate(
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop where a set of the suite is missing.")] = False,
     eps: Annotated[
-        str, typer.Option("--eps", help="Budgets in pixel units, separated by commas.")
-    ] = "1/255,2/255,4/255",
+        str | None,
+        typer.Option("--eps", help="Budgets in pixel units, separated by commas; 1/255,2/255,4/255 or the suite's."),
+    ] = None,
     attack: Annotated[
         list[str] | None,
         typer.Option(
             "--attack",
-            help="pgd (by default), cw, apgd, autoattack (or aa), square, fab, adaptive, or none; may be repeated.",
+            help="pgd (by default, or the suite's), cw, apgd, autoattack (aa), square, fab, adaptive or none; may be repeated.",
         ),
     ] = None,
     attack_set: Annotated[
@@ -141,7 +145,7 @@ def evaluate(
     """
     if context.invoked_subcommand is not None:
         return
-    from zsr.cli.attacks import read_attacks, read_craft
+    from zsr.cli.attacks import EPS, read_attacks, read_craft, suite_attacks
     from zsr.cli.defended import read_defense
     from zsr.cli.eval_jobs import Order, run
     from zsr.cli.eval_sets import read_sets
@@ -159,19 +163,21 @@ def evaluate(
     names = attack or ["pgd"]
     if "none" in names and len(names) > 1:
         raise ValueError("--attack none: stands alone; leave out the other attacks")
-    attacks = [] if names == ["none"] else [
-        (label, one)
-        for name in names
-        for label, one in read_attacks(
-            name, eps, norm=norm.value, steps=steps, step_size=step_size, restarts=restarts,
-            settings=attack_set or [], others=names,
-        ).items()
-    ]  # fmt: skip
+    protocol = None if suite is None else load_suite(suite)
+    options: dict[str, Any] = {"norm": norm.value, "steps": steps, "step_size": step_size, "restarts": restarts}
+    attacks: list[tuple[str, Attack[Any]]] = []
+    if protocol is not None and protocol.protocol.attacks and not attack:
+        attacks, words = suite_attacks(protocol.protocol, eps, given=options, settings=attack_set or [])
+        for sentence in words:
+            typer.echo(sentence, err=True)
+    elif names != ["none"]:
+        for name in names:
+            own = read_attacks(name, eps or EPS, settings=attack_set or [], others=names, **options)
+            attacks += own.items()
     defense_config = read_defense(defense, defense_set or [], gate_model)
     if defense_config is None and any(one.config.name == "adaptive" for _, one in attacks):
         raise ValueError("--attack adaptive: needs a defence to know; add --defense ttc")
     craft = read_craft(craft_template, craft_superclasses, [one.config.name for _, one in attacks])
-    protocol = None if suite is None else load_suite(suite)
     test_sets, missing = read_sets(protocol, data, root, num_samples, strict)
     order = Order(
         models=model,
