@@ -18,7 +18,7 @@ import numpy as np
 
 from zsr.attacks.base import Attack
 from zsr.data.pipeline import Batch
-from zsr.eval.card import Share
+from zsr.eval.card import Share, wilson_interval
 from zsr.eval.ledger import CLEAN, Ledger, Line
 from zsr.eval.probes import drawn
 from zsr.eval.scene import Answer, Request, Scene
@@ -71,12 +71,16 @@ class Moment:
 
     @property
     def so_far(self) -> Share:
-        """Accuracy so far: of what the stage has seen, the share still standing, scaled to the whole set."""
+        """Accuracy so far: of what the stage has seen, the share still standing, scaled to the whole set.
+
+        What did not enter was as good as seen: the interval is that of the part of the whole set which these samples stand
+        for, so that at the stage's end it is the table's.
+        """
         done = max(self.done, 1)
-        share, scale = Share.of(done - self.over if self.done else 1, done), self.entered / self.samples
-        return share.model_copy(
-            update={"value": share.value * scale, "low": share.low * scale, "high": share.high * scale}
-        )
+        standing = done - self.over if self.done else 1
+        share = standing / done * self.entered / self.samples
+        low, high = wilson_interval(share, done * self.samples / max(self.entered, 1))
+        return Share(count=standing, total=done, value=share, low=low, high=high)
 
 
 Tell = Callable[[Moment], None]
