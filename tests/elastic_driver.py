@@ -2,14 +2,14 @@
 
     python tests/elastic_driver.py CONFIG.yaml FOLDER      # with RAY_ADDRESS; FOLDER is seen by all nodes
 
-``FOLDER/holds.json`` is a list of [step, world size]: at such a step a group of that size goes no further, so that what
-happens next can only be the cluster's doing. ``FOLDER/notes-*.jsonl`` say who trained on what.
+``FOLDER/holds.json`` has ``holds``, a list of [step, world size]: at such a step a group of that size goes no further, so
+that what happens next can only be the cluster's doing; and ``step_s``, by which every step is slowed down.
+``FOLDER/notes-*.jsonl`` say who trained on what.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -26,10 +26,10 @@ def loop(config: Any, session: Any, tracker: Any) -> Any:
     class Noted(Trainer):
         def _step(self, batch: Any) -> None:
             step = self.state.step
-            while [step, session.world_size] in json.loads((folder / "holds.json").read_text()):
+            while [step, session.world_size] in (asked := json.loads((folder / "holds.json").read_text()))["holds"]:
                 (folder / f"holding-{step}-{session.world_size}-{session.rank}").touch()
                 time.sleep(0.1)
-            time.sleep(float(os.environ.get("ZSR_TEST_STEP_S", "0")))
+            time.sleep(asked["step_s"])
             super()._step(batch)
             self._note(step=step + 1, keys=batch.key, lr=self.optimizer.param_groups[0]["lr"])
 

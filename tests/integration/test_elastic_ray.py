@@ -42,17 +42,11 @@ class Driver:
 
     def __init__(self, bed: Bed, folder: Path, config: RunConfig, holds: list[list[int]], step_s: float) -> None:
         self.folder, self._bed = folder, bed
-        self.hold(holds)
+        (folder / "holds.json").write_text(json.dumps({"holds": holds, "step_s": step_s}))
         (folder / "config.yaml").write_text(to_yaml(config))
         command = [sys.executable, elastic_driver.__file__, str(folder / "config.yaml")]
-        environment = {**bed.environment, "ZSR_TEST_STEP_S": str(step_s)}
         with (folder / "driver.log").open("wb") as log:
-            self.process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
-
-    def hold(self, holds: list[list[int]]) -> None:
-        new = self.folder / "holds.new"
-        new.write_text(json.dumps(holds))
-        new.replace(self.folder / "holds.json")
+            self.process = subprocess.Popen(command, env=bed.environment, cwd=folder, stdout=log, stderr=log)
 
     def wait_for(self, what: str, ready: Callable[[], bool], seconds: float = 600) -> None:
         deadline = time.monotonic() + seconds
@@ -135,7 +129,7 @@ def test_a_notice_drains_the_node_and_training_goes_on_from_a_checkpoint_made_fo
 ) -> None:
     """No failure is allowed and no checkpoint is due: only the notice can have caused the one that is resumed from."""
     bed.start("node-2")
-    settings = ["objective.name=clean", "train.batch_size=10", "train.epochs=40", "train.max_steps=120"]
+    settings = ["objective.name=clean", "train.batch_size=10", "train.epochs=60", "train.max_steps=300"]
     driver = start(*settings, "train.log_every=2", "launch.max_failures=0", step_s=0.3)
     with Metadata() as cloud:
         sidecar = subprocess.Popen(
@@ -147,8 +141,8 @@ def test_a_notice_drains_the_node_and_training_goes_on_from_a_checkpoint_made_fo
             driver.wait_for("ten steps", lambda: steps_done(tmp_path) >= 10)
             assert not list((tmp_path / "runs/run/checkpoints").glob("step-*"))
             assert sidecar.poll() is None
-            cloud.take_away_in(25)
-            output, _ = sidecar.communicate(timeout=60)
+            cloud.take_away_in(60)
+            output, _ = sidecar.communicate(timeout=120)
             assert sidecar.returncode == 0, output
             assert "drained=" in output
             driver.wait_for(
@@ -157,12 +151,14 @@ def test_a_notice_drains_the_node_and_training_goes_on_from_a_checkpoint_made_fo
         finally:
             sidecar.kill()
             sidecar.wait()
+    # Ray ends the group at the deadline, a little before the machine goes, and starts again on what is left.
+    driver.wait_for("the start without the node", lambda: len(elastic_driver.attempts(tmp_path)) > 1)
     bed.kill("node-2")
     driver.finish()
     first, *later = elastic_driver.attempts(tmp_path)
-    assert first["start"] == 0 and later
+    assert first["start"] == 0 and [attempt["world"] for attempt in later] == [1]
     assert all(attempt["start"] > 10 and attempt["start"] % 2 == 0 for attempt in later)
-    assert json.loads((driver.newest / "state.json").read_text())["step"] == 120
+    assert json.loads((driver.newest / "state.json").read_text())["step"] == 300
 
 
 class Metadata:

@@ -110,11 +110,11 @@ class Bed:
             "RAY_worker_niceness": "0",
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": f"{START_LIMIT_S:g}",
             "RAY_worker_register_timeout_seconds": f"{START_LIMIT_S:g}",
-            # Long enough for a busy machine to be let live, short enough for a cut link to be seen within a run.
+            # A cut link should be seen within a run. Where none is cut, only a busy machine can be silent for long.
             "RAY_health_check_initial_delay_ms": "2000",
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "2000",
-            "RAY_health_check_failure_threshold": "5",
+            "RAY_health_check_failure_threshold": "5" if self.network else "60",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
