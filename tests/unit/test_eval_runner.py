@@ -206,6 +206,7 @@ def test_the_mean_over_classes_weighs_classes_alike():
     share = share_of(right, label, by_class=True)
     assert (share.count, share.total, share.value) == (3, 4, 0.5)
     assert share_of(right, label).value == 0.75
+    assert share.low < share.value < share.high
 
 
 def test_bf16_verdicts_are_compared_on_the_image_that_counts():
