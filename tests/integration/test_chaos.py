@@ -27,7 +27,7 @@ def bed() -> Iterator[Bed]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of two processes without Ray, S3, MLflow or trouble."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    run_ranks(load_config("demo", [*TRAINING, "tracking.name=null"]), folder, world_size=2)
+    run_ranks(load_config("demo", [*TRAINING, "tracking.name=jsonl"]), folder, world_size=2)
     return LocalSession(folder).saved()[-1]
 
 

@@ -268,7 +268,8 @@ class Bed:
         return [
             str(weed), "server", f"-dir={self.home}/s3", f"-ip={self.address}", f"-ip.bind={self.address}",
             f"-master.port={ports[0]}", f"-volume.port={ports[1]}", "-filer", f"-filer.port={ports[2]}", "-s3",
-            f"-s3.port={self._ports['s3']}", "-master.volumeSizeLimitMB=256", "-volume.max=20", "-master.telemetry=false",
+            f"-s3.port={self._ports['s3']}", "-s3.port.iceberg=0", "-s3.port.lance=0",
+            "-master.volumeSizeLimitMB=256", "-volume.max=20", "-master.telemetry=false",
         ]  # fmt: skip
 
     def filesystem(self) -> Any:

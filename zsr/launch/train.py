@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import ray.train
-from ray.train import ControllerError, FailureConfig, ScalingConfig
+from ray.train import ControllerError, FailureConfig, LoggingConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from zsr.config import RunConfig
@@ -159,6 +159,7 @@ def run_ray(
                 storage_path=store.root,
                 failure_config=FailureConfig(max_failures=launch.max_failures),
                 callbacks=list(callbacks),
+                logging_config=LoggingConfig(log_level="WARNING"),  # it announces each report with all its numbers
             ),
         ).fit()
 
@@ -214,7 +215,6 @@ def run_worker(arguments: dict[str, Any]) -> RunOutcome:
     config = RunConfig.model_validate(task.config)
     session = RaySession(store.child(task.name), config.train.keep_checkpoints)
     loop = arguments["loop"] or engine_loop()
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it announces each report with all its numbers
     if session.rank == 0:
         logging.getLogger("zsr").setLevel(logging.INFO)
         logging.basicConfig(format="%(message)s", stream=sys.stdout)
