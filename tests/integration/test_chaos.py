@@ -39,6 +39,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["worker-and-mlflow", "driver-raylet-and-s3"],
 )
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.network
 @pytest.mark.xdist_group("ray")

@@ -26,8 +26,8 @@ import zsr
 from zsr.cli.main import main
 from zsr.eval.scene import Scene
 real = Scene.do
-def do(self, request):
-    answer = real(self, request)
+def do(self, request, batch=None):
+    answer = real(self, request, batch)
     if request.attack is not None:
         with open(sys.argv[1], "a") as diary:
             diary.write(f"{request.stage} {len(request.ids)}\\n")
