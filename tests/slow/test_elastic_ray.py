@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import elastic_driver
 import pytest
 import torch
+from metadata_service import Metadata
 from safetensors.torch import load_file
 
 pytest.importorskip("ray")
@@ -24,10 +22,9 @@ from zsr.engine.loop import train
 from zsr.engine.optim import learning_rate
 from zsr.engine.session import LocalSession
 from zsr.launch.chaos_bed import Bed
-from zsr.launch.notice import seconds_left_aws, seconds_left_gcp
 
 # About two minutes on an idle machine; a busy one may take many times that.
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray"), pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.xdist_group("ray"), pytest.mark.timeout(1800)]
 MakeConfig = Callable[..., Any]
 
 
@@ -159,63 +156,6 @@ def test_a_notice_drains_the_node_and_training_goes_on_from_a_checkpoint_made_fo
     assert first["start"] == 0 and [attempt["world"] for attempt in later] == [1]
     assert all(attempt["start"] > 10 and attempt["start"] % 2 == 0 for attempt in later)
     assert json.loads((driver.newest / "state.json").read_text())["step"] == 300
-
-
-class Metadata:
-    """A cloud's metadata service, as EC2 and Compute Engine have it, on loopback."""
-
-    def __init__(self) -> None:
-        self.gone_at: datetime | None = None
-        metadata = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_PUT(self) -> None:
-                self.answer("secret" if self.path == "/latest/api/token" else None)
-
-            def do_GET(self) -> None:
-                gone_at = metadata.gone_at
-                if self.path == "/latest/meta-data/spot/instance-action":
-                    trusted = self.headers.get("X-aws-ec2-metadata-token") == "secret"
-                    when = gone_at and gone_at.strftime("%Y-%m-%dT%H:%M:%SZ")
-                    self.answer(json.dumps({"action": "terminate", "time": when}) if when and trusted else None)
-                elif self.path == "/computeMetadata/v1/instance/preempted":
-                    known = self.headers.get("Metadata-Flavor") == "Google"
-                    self.answer(("TRUE" if gone_at else "FALSE") if known else None)
-                else:
-                    self.answer(None)
-
-            def answer(self, text: str | None) -> None:
-                self.send_response(404 if text is None else 200)
-                self.end_headers()
-                self.wfile.write((text or "").encode())
-
-            def log_message(self, *_: object) -> None: ...
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-
-    def take_away_in(self, seconds: float) -> None:
-        self.gone_at = datetime.now(UTC) + timedelta(seconds=seconds)
-
-    def __enter__(self) -> Metadata:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def test_what_the_clouds_say_is_understood() -> None:
-    with Metadata() as cloud:
-        assert seconds_left_aws(cloud.address) is None
-        assert seconds_left_gcp(cloud.address) is None
-        cloud.take_away_in(110)
-        left = seconds_left_aws(cloud.address)
-        assert left is not None and 105 < left <= 110
-        assert seconds_left_gcp(cloud.address) == 30
-    with pytest.raises(OSError):
-        seconds_left_aws(cloud.address)
 
 
 def steps_done(folder: Path) -> int:
