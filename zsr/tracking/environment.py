@@ -22,7 +22,7 @@ def describe_environment() -> dict[str, Any]:
         "zsr": zsr.__version__,
         "commit": source_commit(),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "gpus": _gpus(),
         "packages": {item.metadata["Name"]: item.version for item in sorted(metadata.distributions(), key=_name)},
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
         "zsr": zsr.__version__,
         **packages,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "commit": source_commit() or "unknown",
     }
 
