@@ -114,7 +114,7 @@ class Recorder(PGD):
     image_1CHW: Tensor
     num_attacked = 0
 
-    def perturb(self, loss, image_BCHW, seeds, progress=1.0):
+    def attack_classifier(self, logits, image_BCHW, label_B, seeds):
         self.num_attacked += len(image_BCHW)
         return AttackResult(self.image_1CHW.expand_as(image_BCHW), torch.ones(len(image_BCHW), dtype=torch.bool))
 
