@@ -19,6 +19,7 @@ from shard_factory import encode_image, make_image, make_shards, write_index, wr
 from zsr.data.convert import convert
 from zsr.data.decode import decode_whole
 from zsr.data.inspect import info, sample, verify
+from zsr.data.make_shard import ShardMaker
 from zsr.data.shards import ShardSet
 
 
@@ -195,8 +196,14 @@ def convert_apart(source: Path, target: Path, **options) -> multiprocessing.Proc
     return process
 
 
-def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(tmp_path):
+def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
     """Killed twice at different places, taken up with another number of workers."""
+    quick = ShardMaker.make
+
+    def slow(self, shard):
+        time.sleep(0.1)  # or a busy machine sees the end of a conversion before anyone could kill it
+        return quick(self, shard)
+
     source = tmp_path / "images"
     for number in range(240):
         folder = source / f"class_{number % 4}"
@@ -205,7 +212,9 @@ def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(tmp_path):
     options = {"samples_per_shard": 3, "image_size": 100, "name": "one", "show_progress": False}
     target, finished = tmp_path / "out", []
     for workers, kill_at in ((2, 20), (1, 45)):
-        process = convert_apart(source, target, workers=workers, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardMaker, "make", slow)  # the processes are forks
+            process = convert_apart(source, target, workers=workers, **options)
         try:
             deadline = time.monotonic() + 60
             while len(list(target.glob("*.tar"))) < kill_at and time.monotonic() < deadline:
