@@ -137,6 +137,8 @@ class LocalStorage(Storage):
         os.replace(local, self.folder / name)
 
     def remove(self, name: str) -> None:
+        for partial in self.folder.glob(f".{name}.*.part"):  # of a writer that was killed
+            partial.unlink(missing_ok=True)
         (self.folder / name).unlink(missing_ok=True)
 
 
