@@ -24,8 +24,8 @@ class ShardCache:
 
     Args:
         folder: made when needed; one that is filled beforehand may be read-only.
-        max_bytes: least recently used shards make room for new ones beyond this; 0 keeps all. Shards that are being
-            downloaded come on top.
+        max_bytes: least recently used shards make room for new ones beyond this, before a download and again after it,
+            since others may have come meanwhile; 0 keeps all. Shards that are being downloaded come on top.
     """
 
     def __init__(self, folder: Path, max_bytes: int = 0) -> None:
@@ -63,6 +63,7 @@ class ShardCache:
                 found = file_sha256(partial)
                 if found == shard.sha256:
                     os.replace(partial, path)
+                    self._make_room()
                     return path
                 log.warning("event=shard_corrupt set=%s shard=%s sha256=%s", address, shard.file, found)
                 partial.unlink()
@@ -89,9 +90,10 @@ class ShardCache:
             download(partial)
             digest = file_sha256(partial)
             os.replace(partial, self.folder / f"{digest[:16]}-{found.file}")
+            self._make_room()
         return digest
 
-    def _make_room(self, num_bytes: int) -> None:
+    def _make_room(self, num_bytes: int = 0) -> None:
         if not self.max_bytes:
             return
         with locked(self.folder / "cache.lock"):
