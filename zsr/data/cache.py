@@ -63,7 +63,7 @@ class ShardCache:
                 found = file_sha256(partial)
                 if found == shard.sha256:
                     os.replace(partial, path)
-                    self._make_room()
+                    self._make_room(keep=path)
                     return path
                 log.warning("event=shard_corrupt set=%s shard=%s sha256=%s", address, shard.file, found)
                 partial.unlink()
@@ -89,11 +89,12 @@ class ShardCache:
             self._make_room(found.bytes)
             download(partial)
             digest = file_sha256(partial)
-            os.replace(partial, self.folder / f"{digest[:16]}-{found.file}")
-            self._make_room()
+            path = self.folder / f"{digest[:16]}-{found.file}"
+            os.replace(partial, path)
+            self._make_room(keep=path)
         return digest
 
-    def _make_room(self, num_bytes: int = 0) -> None:
+    def _make_room(self, num_bytes: int = 0, keep: Path | None = None) -> None:
         if not self.max_bytes:
             return
         with locked(self.folder / "cache.lock"):
@@ -102,6 +103,8 @@ class ShardCache:
             for status, path in sorted(found, key=lambda entry: entry[0].st_mtime_ns):
                 if excess <= 0:
                     break
+                if path == keep:  # a shard may be larger than the whole cache
+                    continue
                 path.unlink(missing_ok=True)
                 excess -= status.st_size
 
