@@ -86,7 +86,7 @@ def test_both_autoattacks_are_run_on_the_same_samples_with_the_same_verdicts(hea
     config = AutoAttackConfig(
         version="custom", attacks=("apgd-ce", "square"), eps=1 / 255, steps=5, target_classes=1, queries=3
     )
-    row = compare_attacks(head, shards, config, num_samples=20, batch_size=8, rounds=2)
+    row, in_bf16 = compare_attacks(head, shards, config, num_samples=20, batch_size=8, rounds=2)
     right = head(_pixels(shards, 20)[0]).argmax(1) == _pixels(shards, 20)[1]
     assert (row.samples, row.clean) == (20, int(right.sum()))
     assert row.clean > 0 and row.robust <= row.clean and row.their_robust <= row.clean
@@ -94,12 +94,15 @@ def test_both_autoattacks_are_run_on_the_same_samples_with_the_same_verdicts(hea
     # Theirs asks the classifier of each right sample 5 steps and a start with gradients, whatever the outcome.
     assert row.their_passes > row.passes > 0
     assert row.their_passes >= row.clean * 2 * 6
+    assert (row.precision, in_bf16.precision) == ("fp32", "bf16")
+    assert in_bf16.clean == row.clean and abs(in_bf16.robust - row.robust) <= 1  # verdicts of both are in float32
+    assert head.model.image.precision == "fp32"
 
 
 def test_an_attack_without_budget_breaks_nothing_for_either(head, shards):
     config = AutoAttackConfig(version="custom", attacks=("apgd-ce",), eps=0, steps=2)
-    row = compare_attacks(head, shards, config, num_samples=10, batch_size=4, rounds=1)
-    assert row.robust == row.their_robust == row.clean and row.differ == 0
+    for row in compare_attacks(head, shards, config, num_samples=10, batch_size=4, rounds=1):
+        assert row.robust == row.their_robust == row.clean and row.differ == 0
 
 
 def test_pgd_gives_the_same_classes_with_text_encoded_once_as_anew(model):

@@ -40,7 +40,7 @@ CHECKS = {
     "weak-beats-strong": "Images that a weak attack breaks and the strong one does not.",
     "loss-not-rising": "Images whose loss an ascent does not raise.",
     "randomised": "A model that answers the same image in different ways.",
-    "bf16-verdicts": "Verdicts of a bfloat16 forward pass that fp32 does not share.",
+    "bf16-verdicts": "Samples that withstand an attack in bfloat16 and not the same attack in float32.",
     "not-probed": "A card for whose classifier some or all probes were left out.",
     "stops-early": "An attack that stops at the boundary of another head than the one that judges.",
 }

@@ -90,7 +90,9 @@ def evaluate(
     pretrained: Annotated[
         str | None, typer.Option("--pretrained", help="open_clip's tag, for an architecture name.")
     ] = None,
-    precision: Annotated[Precision, typer.Option("--precision", help="Of the encoder.")] = Precision.fp32,
+    precision: Annotated[
+        Precision, typer.Option("--precision", help="Of the attack's passes; verdicts are in fp32 always.")
+    ] = Precision.fp32,
     seed: Annotated[int, typer.Option("--seed", help="Of the attack's random starts and of a defence's noise.")] = 0,
     device: Annotated[str | None, typer.Option("--device", help="cuda where there is one, else cpu.")] = None,
     defense: Annotated[

@@ -20,7 +20,7 @@ from zsr.attacks.checks import Finding
 from zsr.config.base import Config
 
 CARD_FORMAT = "zsr-card-1"
-VERSION = 2
+VERSION = 3
 """Of the code that makes verdicts: attacks, defences, preprocessing. Raise it with every change after which the same settings
 may give other verdicts, so that no card and no half-done measurement of before stands for one of after."""
 
@@ -66,6 +66,7 @@ class ProtocolInfo(Config):
     preprocessing: str
     normalization: str
     precision: Literal["fp32", "bf16"]
+    """Of the attack's passes. Verdicts are in float32 always."""
 
 
 class DatasetInfo(Config):

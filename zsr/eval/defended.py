@@ -25,7 +25,7 @@ from zsr.attacks.noise import fill_uniform, sample_seeds
 from zsr.config.schema import DEFENSES
 from zsr.defenses.base import Defense, DefenseConfig, Through
 from zsr.engine.quick_eval import ZeroShotHead
-from zsr.models import ImageFeatures, ImageTower, RobustCLIP
+from zsr.models import ImageFeatures, ImageTower, RobustCLIP, in_precision
 
 
 class DefendedCLIP:
@@ -145,19 +145,13 @@ class _Surrogate:
 @contextmanager
 def _twice_differentiable(*towers: ImageTower) -> Iterator[None]:
     """Plain arithmetic in the towers: fused attention and compiled blocks have no gradient of their gradient."""
-    precisions = [tower.precision for tower in towers]
     compiled = any(module._compiled_call_impl is not None for tower in towers for module in tower.modules())
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            for tower in towers:
-                tower.precision = "fp32"
-            yield
-        finally:
-            for tower, precision in zip(towers, precisions, strict=True):
-                tower.precision = precision
+        stack.enter_context(in_precision("fp32", towers))
+        yield
 
 
 def _build(defense: str | DefenseConfig | Defense[Any]) -> Defense[Any]:

@@ -36,7 +36,7 @@ class Line:
         zero_grad: whether its input gradient was ever all zero.
         excess: how far the largest perturbation is beyond epsilon, or a pixel beyond [0, 1]; 0 or less is sound.
         passes: image-encoder passes, forward or backward, one for each image.
-        fp32: what the first judge sees in float32, by sample, for some samples of a bf16 run.
+        redone: samples of a bf16 run that were attacked again in float32, which had them right.
         facts: what the cheap checks saw of each judge (zsr/attacks/checks.py): sums other than zero, by place.
     """
 
@@ -51,7 +51,7 @@ class Line:
     excess: float = 0.0
     passes: int = 0
     seconds: float = 0.0
-    fp32: dict[str, int] = field(default_factory=dict)
+    redone: int = 0
     facts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 

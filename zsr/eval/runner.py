@@ -24,9 +24,6 @@ from zsr.eval.probes import drawn
 from zsr.eval.scene import Answer, Request, Scene
 from zsr.eval.shares import share_of
 
-COMPARE = 64
-"""Attacked samples of a bf16 run that are classified in float32 too."""
-
 
 class Crew(Protocol):
     """Whoever does the batches."""
@@ -164,14 +161,12 @@ def run_attack(
     tell: Tell | None = None,
     keep: Callable[[Line, Mapping[int, np.ndarray]], None] | None = None,
     num_keep: int = 0,
-    compare: bool = False,
 ) -> Verdicts:
     """Attack what is right, stage by stage.
 
     Args:
         clean: of the same scene; its judges are those of the attack.
         keep: gets the attacked images of ``num_keep`` samples, before their line is in the ledger.
-        compare: also classify some attacked images in float32 (bf16 runs).
 
     Raises:
         ValueError, OSError: the set cannot be read.
@@ -181,8 +176,7 @@ def run_attack(
     right = {name: frozenset(ids[pred == label].tolist()) for name, pred in clean.pred.items()}
     standing = sorted(frozenset().union(*right.values()))
     order = drawn([scene.images.keys[sample] for sample in standing])
-    picked = [standing[row] for row in order[: max(num_keep, COMPARE)]]
-    wanted, compared = frozenset(picked[:num_keep]), frozenset(picked[: COMPARE if compare else 0])
+    wanted = frozenset(standing[row] for row in order[:num_keep])
     attacked = np.isin(ids, standing)
     blind: set[int] = set()
     for stage, part in enumerate(attack.parts):
@@ -192,7 +186,7 @@ def run_attack(
             Request(
                 stage, batch, judges, part, stage + 1 == len(attack.parts), frozenset(blind.intersection(batch)),
                 {name: samples.intersection(batch) for name, samples in right.items()},
-                wanted.intersection(batch), compared.intersection(batch),
+                wanted.intersection(batch),
             )
             for batch in _batches([sample for sample in standing if sample not in done], batch_size)
         ]  # fmt: skip

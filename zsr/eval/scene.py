@@ -1,5 +1,8 @@
 """One model on one set: what becomes of a batch, clean or attacked. The only code that workers run.
 
+Verdicts are in float32. A target in bfloat16 is attacked in bfloat16: what that finds is looked at in float32, and a sample
+that was given up too early, for an image that float32 has right, is attacked again in float32.
+
 Shapes: B images, C channels (or classes, in logits), H x W pixels. Pixels are in [0, 1].
 """
 
@@ -23,7 +26,7 @@ from zsr.data.pipeline import Batch
 from zsr.eval.images import Images
 from zsr.eval.ledger import Line
 from zsr.eval.target import Target
-from zsr.models import ImageTower
+from zsr.models import ImageTower, in_precision
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,6 @@ class Request:
         blind: samples whose gradient was all zero in an earlier stage.
         right: samples that a judge has right without the attack, by its name.
         keep: samples whose attacked images are wanted.
-        compare: samples that a bf16 model classifies in float32 too.
     """
 
     stage: int
@@ -48,7 +50,6 @@ class Request:
     blind: frozenset[int] = frozenset()
     right: Mapping[str, frozenset[int]] = field(default_factory=dict)
     keep: frozenset[int] = frozenset()
-    compare: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -110,23 +111,23 @@ class Scene:
         image_BCHW, label_B = batch.image.to(self.device).float() / 255, batch.label.to(self.device)
         with self.still(), count_passes(self.target.towers) as passes:
             found = None
-            judged_BCHW = image_BCHW
+            judged_BCHW, redone = image_BCHW, 0
             if request.attack is not None:
                 seeds = sample_seeds(batch.key, "eval", self.seed)
-                found = self.target.attack(request.attack, image_BCHW, label_B, seeds)
+                found, redone = self.attack(request.attack, image_BCHW, label_B, seeds)
                 judged_BCHW = found.image_BCHW
-            logits = {name: self._judge(name, judged_BCHW, batch.key) for name in request.judges}
+            with in_precision("fp32", self.target.towers):
+                logits = {name: self._judge(name, judged_BCHW, batch.key) for name in request.judges}
             # On the host before the clock is read: an accelerator has work left when it is asked for no result.
             pred = {name: logits_BC.argmax(-1).tolist() for name, logits_BC in logits.items()}
             seconds, units = time.perf_counter() - began, passes[0]
-            fp32 = self._in_fp32(request, judged_BCHW, batch.key)
         line = Line(
             stage=request.stage,
             ids=list(request.ids),
             pred=pred,
             passes=units,
             seconds=round(seconds, 4),
-            fp32=fp32,
+            redone=redone,
             facts=self._facts_of(request, found, image_BCHW, label_B, logits),
             **({} if found is None or request.attack is None else _about(request.attack, found, image_BCHW)),
         )
@@ -134,6 +135,29 @@ class Scene:
             sample: judged_BCHW[row].cpu().numpy() for row, sample in enumerate(request.ids) if sample in request.keep
         }
         return Answer(line, kept)
+
+    def attack(
+        self, attack: Attack[Any], image_BCHW: Tensor, label_B: Tensor, seeds: Sequence[int]
+    ) -> tuple[AttackResult, int]:
+        """Attack a batch in the target's precision, and what that gave up too early again in float32. Call in :meth:`still`.
+
+        Returns:
+            What was found, with successes that float32 shares, and how many samples were attacked again.
+        """
+        found, towers = self.target.attack(attack, image_BCHW, label_B, seeds), self.target.towers
+        if found.success_B is None or self.target.seen.head.model.image.precision == "fp32":
+            return found, 0
+        with in_precision("fp32", towers), torch.no_grad():
+            wrong_B = self.target.fooled(found.image_BCHW, label_B)
+        again = (found.success_B & ~wrong_B).nonzero().flatten()
+        images_BCHW, zero_grad_B = found.image_BCHW.clone(), found.zero_grad_B.clone()
+        if len(again):
+            with in_precision("fp32", towers):
+                own_seeds = [seeds[row] for row in again.tolist()]
+                anew = self.target.attack(attack, image_BCHW[again], label_B[again], own_seeds)
+            images_BCHW[again], wrong_B[again] = anew.image_BCHW, _given(anew.success_B)
+            zero_grad_B[again] |= anew.zero_grad_B
+        return AttackResult(images_BCHW, zero_grad_B, wrong_B), len(again)
 
     def _facts_of(
         self,
@@ -177,22 +201,6 @@ class Scene:
     @torch.no_grad()
     def _judge(self, name: str, image_BCHW: Tensor, keys: Sequence[str]) -> Tensor:
         return self.target.judges[name](image_BCHW, keys)
-
-    def _in_fp32(self, request: Request, image_BCHW: Tensor, keys: Sequence[str]) -> dict[str, int]:
-        rows = [row for row, sample in enumerate(request.ids) if sample in request.compare]
-        if not rows:
-            return {}
-        towers = self.target.towers
-        before = [tower.precision for tower in towers]
-        try:
-            for tower in towers:
-                tower.precision = "fp32"
-            name = request.judges[0]
-            pred_B = self._judge(name, image_BCHW[rows], [keys[row] for row in rows]).argmax(-1)
-        finally:
-            for tower, precision in zip(towers, before, strict=True):
-                tower.precision = precision
-        return {str(request.ids[row]): int(pred) for row, pred in zip(rows, pred_B.tolist(), strict=True)}
 
 
 def _given(success_B: Tensor | None) -> Tensor:

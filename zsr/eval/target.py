@@ -73,9 +73,14 @@ class Target:
             adaptive: Any = attack
             found: AttackResult = adaptive.attack_defended(self.surrogate, image_BCHW, label_B, seeds)
             return found
-        if self.label_map is not None:
-            label_B = self.label_map.to(label_B.device)[label_B]
-        return attack.attack_classifier(self.seen, image_BCHW, label_B, seeds)
+        return attack.attack_classifier(self.seen, image_BCHW, self._aimed(label_B), seeds)
+
+    def fooled(self, image_BCHW: Tensor, label_B: Tensor) -> Tensor:
+        """bool [B]: whether the classifier that is attacked errs, by its own classes."""
+        return self.seen(image_BCHW).argmax(1) != self._aimed(label_B)
+
+    def _aimed(self, label_B: Tensor) -> Tensor:
+        return label_B if self.label_map is None else self.label_map.to(label_B.device)[label_B]
 
     @property
     def towers(self) -> list[ImageTower]:

@@ -4,7 +4,7 @@ from zsr.models.anchors import class_embeddings
 from zsr.models.clip import RobustCLIP, load_model
 from zsr.models.export import export_open_clip
 from zsr.models.text import TextBank
-from zsr.models.tower import ImageFeatures, ImageTower
+from zsr.models.tower import ImageFeatures, ImageTower, in_precision
 
 __all__ = [
     "ImageFeatures",
@@ -13,5 +13,6 @@ __all__ = [
     "TextBank",
     "class_embeddings",
     "export_open_clip",
+    "in_precision",
     "load_model",
 ]

@@ -6,7 +6,7 @@ Shapes: B images, D embedding width, E width inside the tower, L tokens of a seq
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -151,7 +151,9 @@ class ImageTower(nn.Module):
     def _encode_vit(self, input_BCHW: Tensor, tokens: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """open_clip's own stages, one by one: what the last block gives is needed for tokens."""
         visual = cast(Any, self.visual)
-        x_BLE = visual._embeds(input_BCHW)
+        # In float32 whatever comes after: bfloat16 has eight bits, in which a perturbation of 1/255 is two steps.
+        with torch.autocast(input_BCHW.device.type, enabled=False):
+            x_BLE = visual._embeds(input_BCHW)
         if isinstance(self.prompt, TokenPrompt):
             x_BLE = visual.transformer(self.prompt(x_BLE, visual.ln_pre))[:, : x_BLE.shape[1]]
         elif not tokens and can_skip_patches(visual):
@@ -182,6 +184,19 @@ class ImageTower(nn.Module):
     def _project(self, x: Tensor) -> Tensor:
         proj = cast(Any, self.visual).proj
         return x if proj is None else x @ proj
+
+
+@contextmanager
+def in_precision(precision: Precision, towers: Sequence[ImageTower]) -> Iterator[None]:
+    """Run these towers in a precision in here; put back each one's own."""
+    before = [tower.precision for tower in towers]
+    try:
+        for tower in towers:
+            tower.precision = precision
+        yield
+    finally:
+        for tower, own in zip(towers, before, strict=True):
+            tower.precision = own
 
 
 def _family(visual: nn.Module) -> tuple[bool, bool]:
