@@ -86,7 +86,6 @@ def test_facts_count_each_attacked_sample_once(emoji):
     for check in ("zero-gradients", "pixel-range", "epsilon-exceeded"):
         assert findings[check].level == "ok" and f"none of {num} attacked" in findings[check].sentence
     assert findings["label-range"].sentence.startswith(f"none of {len(emoji.images)} ")
-    assert max(line.excess for line in verdicts.lines) < 1e-6
     assert sum(line.passes for line in clean.lines["bare"]) == len(emoji.images)
 
 

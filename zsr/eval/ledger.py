@@ -34,7 +34,6 @@ class Line:
         pred: classes that each judge sees, by the judge's name; on the attacked images if there was an attack.
         success: whether the attack is done with the sample.
         zero_grad: whether its input gradient was ever all zero.
-        excess: how far the largest perturbation is beyond epsilon, or a pixel beyond [0, 1]; 0 or less is sound.
         passes: image-encoder passes, forward or backward, one for each image.
         redone: samples of a bf16 run that were attacked again in float32, which had them right.
         facts: what the cheap checks saw of each judge (zsr/attacks/checks.py): sums other than zero, by place.
@@ -48,7 +47,6 @@ class Line:
     pred: dict[str, list[int]]
     success: list[bool] = field(default_factory=list)
     zero_grad: list[bool] = field(default_factory=list)
-    excess: float = 0.0
     passes: int = 0
     seconds: float = 0.0
     redone: int = 0

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from zsr.attacks.base import Attack, AttackResult, input_gradients_only
 from zsr.attacks.checks import Facts, losses_of
 from zsr.attacks.noise import sample_seeds
-from zsr.attacks.threat import ThreatModel
 from zsr.data.pipeline import Batch
 from zsr.eval.images import Images
 from zsr.eval.ledger import Line
@@ -129,7 +128,7 @@ class Scene:
             seconds=round(seconds, 4),
             redone=redone,
             facts=self._facts_of(request, found, image_BCHW, label_B, logits),
-            **({} if found is None or request.attack is None else _about(request.attack, found, image_BCHW)),
+            **({} if found is None else _about(found)),
         )
         kept = {
             sample: judged_BCHW[row].cpu().numpy() for row, sample in enumerate(request.ids) if sample in request.keep
@@ -208,21 +207,10 @@ def _given(success_B: Tensor | None) -> Tensor:
     return success_B
 
 
-def _about(attack: Attack[Any], found: AttackResult, image_BCHW: Tensor) -> dict[str, Any]:
-    """Of an attack: whether it is done with each sample, whether it was blind there, and whether it kept to its ball."""
-    attacked_BCHW = found.image_BCHW
-    threat = ThreatModel(attack.config.norm, attack.config.eps)
-    beyond = [
-        (threat.size(attacked_BCHW.double() - image_BCHW.double()) - threat.eps).amax(),
-        -attacked_BCHW.amin(),
-        attacked_BCHW.amax() - 1,
-    ]
+def _about(found: AttackResult) -> dict[str, Any]:
+    """Of an attack: whether it is done with each sample, and whether it was blind there."""
     success_B = torch.zeros_like(found.zero_grad_B) if found.success_B is None else found.success_B
-    return {
-        "success": success_B.tolist(),
-        "zero_grad": found.zero_grad_B.tolist(),
-        "excess": float(f"{max(float(x) for x in beyond):.3g}"),
-    }
+    return {"success": success_B.tolist(), "zero_grad": found.zero_grad_B.tolist()}
 
 
 @contextmanager
