@@ -58,6 +58,7 @@ def test_a_card_lies_where_its_names_say_and_is_not_measured_twice(tiny_model_na
     assert card.dataset.samples == card.dataset.of == 50 and card.dataset.classes == 5
     assert card.clean.total == 50 and card.robust is not None and card.robust.count <= card.clean.count
     assert card.robust.low < card.robust.value < card.robust.high
+    assert "unexpected-count" not in {finding.id for finding in card.checks}, "the set is in no registry"
     assert card.cost.encoder_passes == 50 + 4 * card.clean.count  # PGD-1: forward, backward, its end, the judge
     assert {"zsr", "torch", "open_clip", "commit"} <= set(card.environment)
 
@@ -100,6 +101,8 @@ def test_an_adaptive_attack_and_attacks_around_the_text_are_other_columns(tmp_pa
     plain = [("pgd", knowledge, words) for knowledge in ("white-box", "oblivious") for words in texts]
     assert seen == sorted([("adaptive", "adaptive", "served"), *plain])
     assert len({card.column for card in cards}) == 7
+    # Six images of it were asked for; the set itself has all that it should have.
+    assert all({f.id: f.level for f in card.checks}["unexpected-count"] == "ok" for card in cards)
     assert {card.dataset.key for card in cards} == {"emoji_test_style"}
     capsys.readouterr()
 
@@ -248,6 +251,9 @@ def test_a_suite_is_measured_as_its_protocol_says(suite, tiny_model_name, tmp_pa
         "native",
     )
     assert cifar.dataset.pixels == 32 and cards["stl10"].dataset.pixels == 96
+    counts = next(finding for finding in cifar.checks if finding.id == "unexpected-count")
+    assert (counts.level, counts.sentence) == ("warn", "cifar10 (test) has 24 samples, 10000 are expected")
+    assert "warn: cifar10 pgd 2/255: unexpected-count: cifar10 (test) has 24 samples" in " ".join(said.split())
     for card in cards.values():
         assert card.robust is not None
         # Half of the samples are of class 0: the mean over classes is not the mean over samples.

@@ -43,6 +43,7 @@ CHECKS = {
     "bf16-verdicts": "Samples that withstand an attack in bfloat16 and not the same attack in float32.",
     "not-probed": "A card for whose classifier some or all probes were left out.",
     "stops-early": "An attack that stops at the boundary of another head than the one that judges.",
+    "unexpected-count": "A set of the registry with other numbers of samples or classes than it should have.",
 }
 """What each check looks for."""
 PROBES = ("batch-size", "black-box", "weak-beats-strong", "loss-not-rising", "randomised")
@@ -211,6 +212,20 @@ def boundary_finding(name: str, stops_early: bool) -> Finding:
     if stops_early:
         return Finding(id="stops-early", level="warn", sentence=f"{name} {FLATTERS}")
     return Finding(id="stops-early", level="ok", sentence=f"{name} goes on where the head that it sees errs")
+
+
+def count_finding(differences: Sequence[str]) -> Finding:
+    """Of a set whose counts the registry knows.
+
+    Args:
+        differences: a sentence for each count that is not the expected one, of the whole set and not of a subset.
+    """
+    if differences:
+        return Finding(
+            id="unexpected-count", level="warn", sentence="; ".join(differences), value=float(len(differences))
+        )
+    sentence = "the set has as many samples and classes as the registry knows it to have"
+    return Finding(id="unexpected-count", level="ok", sentence=sentence, value=0.0)
 
 
 def metrics_of(findings: Sequence[Finding]) -> dict[str, float]:

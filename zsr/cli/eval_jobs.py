@@ -190,6 +190,7 @@ def _plan(order: Order, subject: Subject, trained_template: str | None, device: 
             return Scene(
                 images, target, test_set.classes,
                 device=device, seed=order.seed, chance_level=test_set.chance_level,
+                differences=test_set.differences,
             )  # fmt: skip
 
         def blank(judge: str, attack: Any, images: Images = images, test_set: TestSet = test_set) -> Blank:

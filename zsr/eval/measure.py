@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from zsr.attacks.base import Attack
-from zsr.attacks.checks import Finding, boundary_finding, gravest_first, judge
+from zsr.attacks.checks import Finding, gravest_first
 from zsr.attacks.noise import sample_seeds
 from zsr.eval.card import Cost, ResultCard, write_card
 from zsr.eval.examples import MOST, Examples
@@ -122,10 +122,7 @@ def _finish(
     by_class = blank.protocol.metric == "mean_per_class"
     lines = [*clean.lines[name], *(() if verdicts is None else verdicts.lines)]
     seconds, total = sum(line.seconds for line in lines), len(scene.images)
-    findings = [*judge(scene.facts(attack, lines, name)), *probed.findings]
-    if attack is not None and blank.attacked_elsewhere:
-        stops = any(part.config.stops_early for part in attack.parts)
-        findings.append(boundary_finding(attack.config.name, stops))
+    findings = [*scene.findings(attack, lines, name), *probed.findings]
     card = ResultCard(
         id=blank.id,
         column=blank.column,

@@ -70,6 +70,7 @@ class TestSet:
         key: the registry's name, or the address.
         native: side of its images as stored, where they are small squares.
         num_samples: 0 takes all.
+        differences: of the whole set from what the registry knows of its counts; None where it knows nothing.
     """
 
     key: str
@@ -84,6 +85,7 @@ class TestSet:
     native: int | None = None
     num_samples: int = 0
     suite: str | None = None
+    differences: Sequence[str] | None = None
     __test__ = False  # no class of tests, whatever pytest thinks of its name
 
     @staticmethod
@@ -108,6 +110,7 @@ class TestSet:
             native=dataset.card.native_size,
             num_samples=num_samples,
             suite=suite,
+            differences=dataset.differences(shards.index) if dataset.known_counts else None,
         )
 
     def pixels(self, image_size: int) -> int:

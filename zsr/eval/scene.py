@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from zsr.attacks.base import Attack, AttackResult, input_gradients_only
-from zsr.attacks.checks import Facts, losses_of
+from zsr.attacks.checks import Facts, Finding, boundary_finding, count_finding, gravest_first, losses_of
+from zsr.attacks.checks import judge as judge_facts
 from zsr.attacks.noise import sample_seeds
 from zsr.data.pipeline import Batch
 from zsr.eval.images import Images
@@ -67,6 +68,7 @@ class Scene:
         device: where the models are.
         seed: of the attack's random numbers; with a sample's key it fixes them.
         chance_level: whether the set is known as one where a constant answer scores like a robust model.
+        differences: of the set from what the registry knows of its counts, in sentences; None where it knows nothing.
     """
 
     def __init__(
@@ -78,9 +80,11 @@ class Scene:
         device: str | torch.device,
         seed: int = 0,
         chance_level: bool = False,
+        differences: Sequence[str] | None = None,
     ) -> None:
         self.images, self.target, self.class_names = images, target, list(class_names)
         self.device, self.seed, self.chance_level = torch.device(device), seed, chance_level
+        self.differences = differences
 
     def facts(self, attack: Attack[Any] | None, lines: Iterable[Line], judge: str) -> Facts:
         """What these batches showed of a judge."""
@@ -94,6 +98,15 @@ class Scene:
                 total[int(place)] += number
         facts.add(total)
         return facts
+
+    def findings(self, attack: Attack[Any] | None, lines: Iterable[Line], judge: str) -> list[Finding]:
+        """What the checks that need no passes of their own say of a judge, the gravest first."""
+        found, target = judge_facts(self.facts(attack, lines, judge)), self.target
+        if self.differences is not None:
+            found.append(count_finding(self.differences))
+        if attack is not None and (target.knowledge[judge] == "oblivious" or target.crafted_on != "served"):
+            found.append(boundary_finding(attack.config.name, any(part.config.stops_early for part in attack.parts)))
+        return gravest_first(found)
 
     def do(self, request: Request, batch: Batch | None = None) -> Answer:
         """Classify a batch, after an attack if one is asked for. What a sample gives does not depend on the others.

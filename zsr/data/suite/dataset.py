@@ -129,14 +129,19 @@ class Dataset:
             found = _names(names)
         return [clean(self.wording.rename.get(name, name), self.wording.rules) for name in found]
 
+    @property
+    def known_counts(self) -> dict[str, int]:
+        """Numbers of classes and samples that the whole split has, as far as the registry knows them."""
+        counts = {"classes": self.card.num_classes, "samples": self.expected.samples}
+        return {what: number for what, number in counts.items() if number != "unknown"}
+
     def differences(self, index: ShardIndex) -> list[str]:
         """One sentence for each count that is not the expected one."""
-        expected = {"classes": self.card.num_classes, "samples": self.expected.samples}
         found = {"classes": len(index.classes), "samples": index.samples}
         return [
             f"{self.key} ({self.split}) has {found[what]} {what}, {number} are expected"
-            for what, number in expected.items()
-            if number not in ("unknown", found[what])
+            for what, number in self.known_counts.items()
+            if number != found[what]
         ]
 
     def how_to_get(self, root: str) -> str:
