@@ -78,7 +78,10 @@ class Fault:
     """What happens to a connection once it has brought ``after`` bytes to the client."""
 
     after: int
-    kind: Literal["reset", "close", "stall", "503"] = "reset"
+    kind: Literal["reset", "close", "stall", "trickle", "503"] = "reset"
+
+
+TRICKLE_S = 0.05  # for a byte
 
 
 class FlakyProxy:
@@ -87,11 +90,12 @@ class FlakyProxy:
     Attributes:
         port: where it listens.
         num_connections, num_bytes: connections so far, and bytes brought to clients.
+        num_left: trickling connections that clients have left.
     """
 
     def __init__(self, target: int, faults: Callable[[int], Fault | None]) -> None:
         self.target, self.faults = target, faults
-        self.num_connections = self.num_bytes = 0
+        self.num_connections = self.num_bytes = self.num_left = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -144,11 +148,26 @@ class FlakyProxy:
             self.num_bytes += min(left, len(chunk))
             left -= len(chunk)
             if fault and left < 0:
+                if fault.kind == "trickle":
+                    await self._trickle(chunk[left:], client)
+                    left = 0
+                    continue
                 if fault.kind == "stall":
                     await asyncio.sleep(3600)
                 elif fault.kind == "reset":
                     client.transport.abort()
                 return
+
+    async def _trickle(self, rest: bytes, client: asyncio.StreamWriter) -> None:
+        for byte in rest:
+            try:
+                client.write(bytes([byte]))
+                await client.drain()
+            except ConnectionError:
+                self.num_left += 1
+                raise
+            self.num_bytes += 1
+            await asyncio.sleep(TRICKLE_S)
 
 
 class FaultyGateway:

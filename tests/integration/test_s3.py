@@ -122,6 +122,35 @@ def test_a_stalled_connection_is_given_up(monkeypatch, tmp_path, folder, server)
     assert shards.storage.num_retries >= 2
 
 
+def test_a_trickling_connection_is_given_up(monkeypatch, tmp_path, folder, server, caplog):
+    """Twenty bytes a second never stall, and would take hours for the rest of a shard."""
+    monkeypatch.setattr(s3, "STALL_TIMEOUT_S", 1)
+    # The first brings the index.
+    with FlakyProxy(server, lambda n: Fault(100_000, "trickle") if n in (1, 2) else None) as proxy:
+        use_server(monkeypatch, proxy.port)
+        shards = open_set(tmp_path)
+        begun = time.monotonic()
+        with caplog.at_level(logging.WARNING):
+            assert_whole(shards, folder)
+        deadline = begun + 60
+        while proxy.num_left < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert proxy.num_left == 2
+        size = sum(shard.bytes for shard in shards.index.shards)
+        assert proxy.num_bytes < 1.1 * size + 100_000  # gone on with, not begun anew
+    assert shards.storage.num_retries == caplog.text.count("error=TooSlowError") == 2
+
+
+@pytest.mark.parametrize("first", [0, 1])  # to trickle: the index, or the first shard
+def test_a_server_that_always_trickles_is_given_up_in_the_end(monkeypatch, tmp_path, server, first):
+    monkeypatch.setattr(s3, "STALL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(s3, "MAX_FAILURES", 2)
+    with FlakyProxy(server, lambda n: Fault(700, "trickle") if n >= first else None) as proxy:
+        use_server(monkeypatch, proxy.port)
+        with pytest.raises(OSError, match="3 failures in a row, the last one TooSlowError"):
+            open_set(tmp_path).fetch(0)
+
+
 def test_a_busy_server_is_asked_again(monkeypatch, tmp_path, folder, server):
     with FlakyProxy(server, lambda n: Fault(0, "503") if n in (0, 1, 3) else Fault(600_000)) as proxy:
         use_server(monkeypatch, proxy.port)

@@ -1,9 +1,9 @@
 """Shards in object storage: downloads that survive cut connections and never hand over wrong bytes.
 
-A download that breaks goes on where it stopped, and only if the object is still the one it began with. Waiting times
-between tries grow and are random, so that a cluster does not come back in step. Credentials and endpoint are the AWS
-standard ones (environment, profile, role; ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL``); neither is written to a log
-or a message.
+A download that breaks, stalls or trickles goes on where it stopped, and only if the object is still the one it began
+with. Waiting times between tries grow and are random, so that a cluster does not come back in step. Credentials and
+endpoint are the AWS standard ones (environment, profile, role; ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL``);
+neither is written to a log or a message.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
@@ -29,12 +29,17 @@ Result = TypeVar("Result")
 
 CONNECT_TIMEOUT_S = 10
 STALL_TIMEOUT_S = 20  # a connection that brings nothing for so long is given up
+LEAST_BYTES_PER_S = 1024  # and one that brings less than this for so long
 MAX_FAILURES = 8  # in a row, without progress in between
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 15.0
-CHUNK_BYTES = 1 << 16  # what a cut connection may cost: an unfinished chunk is read again
+CHUNK_BYTES = 1 << 16  # most that is taken off a connection at once
 
 _TRANSIENT_CODES = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "InternalError"}
+
+
+class TooSlowError(ConnectionError):
+    """A connection brings something, but so little that another one is worth a try."""
 
 
 class S3Storage(Storage):
@@ -70,7 +75,8 @@ class S3Storage(Storage):
         key = self._key(name)
 
         def read() -> str:
-            return self._client().get_object(Bucket=self.bucket, Key=key)["Body"].read().decode("utf-8")
+            answer = self._client().get_object(Bucket=self.bucket, Key=key)
+            return b"".join(pieces(answer["Body"], answer["ContentLength"])).decode("utf-8")
 
         return self._persist(name, read)
 
@@ -131,15 +137,11 @@ class S3Storage(Storage):
         size = start + answer["ContentLength"]
         if size != shard.bytes:
             raise ValueError(f"shard {shard.file} of {self.address} has {size} bytes, the index says {shard.bytes}")
-        body = answer["Body"]
         try:
-            while chunk := body.read(CHUNK_BYTES):
-                file.write(chunk)
+            for piece in pieces(answer["Body"], answer["ContentLength"]):
+                file.write(piece)
         finally:
-            body.close()
             file.flush()
-        if file.tell() != shard.bytes:
-            raise ConnectionError("the connection closed early")
 
     def _persist(self, name: str, request: Callable[[], Result], progress: Callable[[], int] | None = None) -> Result:
         """Do a request until it succeeds, fails for good, or has failed ``MAX_FAILURES`` times without progress."""
@@ -151,7 +153,9 @@ class S3Storage(Storage):
             except Exception as error:
                 if not is_transient(error):
                     raise self._explained(error, name) from None
-                failures = 1 if progress and progress() > before else failures + 1
+                # Else a server that always trickles would be asked for ever.
+                least = STALL_TIMEOUT_S * LEAST_BYTES_PER_S if isinstance(error, TooSlowError) else 1
+                failures = 1 if progress and progress() - before >= least else failures + 1
                 if failures > MAX_FAILURES:
                     raise OSError(
                         f"{self.address}/{name} could not be transferred: {failures} failures in a row{_reason(error)}"
@@ -208,6 +212,29 @@ class S3Storage(Storage):
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._local = threading.local()
+
+
+def pieces(body: Any, size: int) -> Iterator[bytes]:
+    """The ``size`` bytes of an answer, as they come.
+
+    Raises:
+        TooSlowError: ``STALL_TIMEOUT_S`` went by in which less came than ``LEAST_BYTES_PER_S`` asks for.
+        ConnectionError: the connection closed early.
+    """
+    came = counted = 0
+    since = time.monotonic()
+    with body as stream:
+        # Not `read`, which waits for as many bytes as it was asked for.
+        while piece := stream.read1(CHUNK_BYTES):
+            yield piece
+            came += len(piece)
+            waited = time.monotonic() - since
+            if waited >= STALL_TIMEOUT_S and came < size:
+                if came - counted < STALL_TIMEOUT_S * LEAST_BYTES_PER_S:
+                    raise TooSlowError(f"{came - counted} bytes in {waited:.0f} s")
+                since, counted = since + waited, came
+    if came != size:
+        raise ConnectionError("the connection closed early")
 
 
 def make_client() -> Any:
