@@ -67,7 +67,10 @@ def test_it_searches_trains_and_measures_and_does_nothing_twice(comparison, tree
         "APGD 4/255",
     }
     assert 0 <= measured["defended"]["robust"]["APGD 4/255"] <= measured["defended"]["clean"] <= 1
-    assert "eta=" in capsys.readouterr().out
+    assert "stops-early" in {finding["id"] for finding in measured["defended"]["findings"]}
+    assert all(finding["level"] in ("warn", "fail") for finding in measured["findings"])
+    said = capsys.readouterr().out
+    assert "eta=" in said and "check=stops-early:warn" in said
 
     publish(outcome, comparison, config, store, tmp_path / "docs" / "report.md")
     text = (tmp_path / "docs" / "report.md").read_text()
@@ -126,6 +129,17 @@ def test_checks_see_what_cannot_be():
     assert found([0.3, 0.2], [0.3, 0.25]) == ["set: weak does more harm than strong"]
     assert found([0.3, 0.2], [0.3, 0.2], blind=0.5) == ["set: 50% of images without a gradient"]
     assert found([0.6, 0.2], [0.3, 0.2]) == ["set: robust above clean"]
+
+
+def test_checks_repeat_what_the_measurement_found_without_and_with_the_defence():
+    masked = {"id": "zero-gradients", "level": "fail", "sentence": "weak 1: 9 of 10", "value": 0.9}
+    again = {**masked, "sentence": "weak 2: 8 of 10"}
+    early = {"id": "stops-early", "level": "warn", "sentence": "apgd stops", "value": None}
+    numbers = {"samples": 100, "clean": 0.5, "robust": {"weak 1": 0.3}, "zero_grad_frac": {}}
+    measured = {**numbers, "findings": [masked, again], "defended": {**numbers, "findings": [early]}}
+    run = {"flags": [], "measured": {"set": measured}}
+    said = checks(run, Measure(("set",), ("1",), {"weak": {}}))
+    assert said == ["set: fail zero-gradients", "set, defended: warn stops-early"]
 
 
 def test_mean_and_spread_over_seeds(comparison):

@@ -90,6 +90,7 @@ def test_counts_equal_those_of_one_sample_at_a_time_in_any_batch_size(model, hea
         )  # fmt: skip
         for row in (bare, behind):
             assert row.robust["again"] == row.robust["pgd"]  # one attack leaves nothing behind for the next
+            assert len(row.findings) == len({finding.id for finding in row.findings}), "what both show is said once"
         training = evaluate(head, shards, ATTACK, num_samples=NUM, seed=SEED)
         assert (bare.clean.value, bare.robust["pgd"].value) == (training.clean_acc, training.robust_acc)
         assert bare.zero_grad_frac["pgd"] == training.zero_grad_frac
@@ -141,6 +142,13 @@ def test_a_sample_that_only_the_defence_gets_right_is_attacked_too(model):
     assert behind.clean == behind.robust["fixed"]
     assert behind.clean.value == pytest.approx(of_label_B.double().mean().item())
     assert bare.zero_grad_frac == behind.zero_grad_frac == {"fixed": 1}
+    for row in (bare, behind):
+        levels = {finding.id: finding.level for finding in row.findings}
+        # No gradient anywhere, and one image in place of all, which is far from nearly all of them.
+        assert levels["zero-gradients"] == levels["epsilon-exceeded"] == "fail" and levels["pixel-range"] == "ok"
+        assert row.doubts == row.findings[: len(row.doubts)] and row.findings[len(row.doubts)].level in ("note", "ok")
+    assert {f.id: f.level for f in behind.findings}["stops-early"] == "ok", "PGD goes on past the bare model's boundary"
+    assert "stops-early" not in {finding.id for finding in bare.findings}
 
 
 def _image_taken_for(head: ZeroShotHead, label: int) -> Tensor:

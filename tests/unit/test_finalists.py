@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from zsr.attacks.checks import Finding
 from zsr.config import ATTACKS, RunConfig, load_config
 from zsr.data.shards import ShardSet
 from zsr.engine.quick_eval import ZeroShotHead, evaluate
+from zsr.eval import Accuracy, EvalRow
+from zsr.launch.final import BEST, HEADER, UNTOUCHED, Comparison
 from zsr.launch.finalists import settle_finalists
 from zsr.launch.guard import check_levels, find_flags, honest
 from zsr.launch.plan import Plan
@@ -178,6 +181,20 @@ def test_the_strong_attack_has_the_sweeps_budget_and_its_mistakes_come_before_th
     wrong = Sweep(name="s", preset="demo", space=lambda t, b: {}, finalists=Finalists(attack={"name": "pgdd"}))
     assert main(wrong, ["--dry-run"]) == 2
     assert "pgd" in capsys.readouterr().err
+
+
+def test_the_table_of_the_held_out_sets_says_what_is_not_to_be_believed() -> None:
+    def row(*findings: Finding) -> EvalRow:
+        half = Accuracy(0.5, 10)
+        return EvalRow("set", 0.2, "a {}.", half, {"pgd": half}, {"pgd": 0.0}, findings=findings)
+
+    masked = Finding(id="zero-gradients", level="fail", sentence="9 of 10")
+    sound = Finding(id="pixel-range", level="ok", sentence="none of 10")
+    rows = Comparison("pgd", {UNTOUCHED: [row(sound)], BEST: [row(masked, sound)]}).rows()
+    assert [dict(zip(HEADER, cells, strict=True))["checks"] for cells in rows] == [
+        "none raised",
+        "fail: zero-gradients",
+    ]
 
 
 def test_evaluations_in_training_carry_findings(tiny_model_name: str, small_shards: Path, make_config: Any) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zsr.attacks.base import Attack
+from zsr.attacks.checks import Finding, gravest_first
 from zsr.data.shards import ShardSet
 from zsr.engine.quick_eval import ZeroShotHead
 from zsr.eval.card import wilson_interval
@@ -46,6 +47,8 @@ class EvalRow:
             wrong.
         defense: name of the test-time defence in front of the model, which the attack does not know; None without one.
         survivors: for attacks in stages, accuracy after each stage, by the attack's label.
+        findings: of the checks that need no passes of their own, the gravest first; what is found under one of several
+            attacks alone says the attack's label first.
     """
 
     data: str
@@ -56,6 +59,12 @@ class EvalRow:
     zero_grad_frac: Mapping[str, float]
     defense: str | None = None
     survivors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def doubts(self) -> tuple[Finding, ...]:
+        """Findings that a reader of the numbers must know: ``warn`` and ``fail``."""
+        return tuple(finding for finding in self.findings if finding.level in ("warn", "fail"))
 
 
 def evaluate_sets(
@@ -128,4 +137,24 @@ def _row(
             for name, (attack, verdicts) in found.items()
             if attack.stages and judge == BARE
         },
+        findings=tuple(_findings(scene, judge, clean, found)),
     )
+
+
+def _findings(
+    scene: Scene, judge: str, clean: Clean, found: Mapping[str, tuple[Attack[Any], Verdicts]]
+) -> list[Finding]:
+    lines = clean.lines[judge]
+    if not found:
+        return scene.findings(None, lines, judge)
+    each = {
+        label: scene.findings(attack, [*lines, *verdicts.lines], judge) for label, (attack, verdicts) in found.items()
+    }
+    shared = [finding for finding in next(iter(each.values())) if all(finding in others for others in each.values())]
+    own = [
+        finding.model_copy(update={"sentence": f"{label}: {finding.sentence}"})
+        for label, findings in each.items()
+        for finding in findings
+        if finding not in shared
+    ]
+    return gravest_first([*shared, *own])

@@ -72,8 +72,9 @@ def measure_job(checkpoint: str | None, tree: Mapping[str, Any], measure: Mappin
         measure: what :class:`zsr.launch.compare.Measure` holds, as plain data.
 
     Returns:
-        ``sets``: by address, ``chance``, ``clean``, ``robust`` and ``zero_grad_frac`` by attack and budget, and ``defended``
-        with ``clean`` and ``robust`` where a defence was asked for; all shares in [0, 1]. ``seconds``.
+        ``sets``: by address, ``chance``, ``clean``, ``robust`` and ``zero_grad_frac`` by attack and budget, ``findings`` of the
+        checks that warn or fail, and ``defended`` with the same where a defence was asked for; all shares in [0, 1].
+        ``seconds``.
     """
     import torch
 
@@ -106,6 +107,7 @@ def measure_job(checkpoint: str | None, tree: Mapping[str, Any], measure: Mappin
             "clean": row.clean.value,
             "robust": {label: accuracy.value for label, accuracy in row.robust.items()},
             "zero_grad_frac": dict(row.zero_grad_frac),
+            "findings": [finding.model_dump(mode="json") for finding in row.doubts],
         }
         if row.defense is None:
             sets[row.data] = numbers

@@ -97,6 +97,10 @@ def checks(run: Mapping[str, Any], measure: Measure) -> list[str]:
             found.append(f"{address}: {100 * blind:.0f}% of images without a gradient")
         if any(value > measured["clean"] for value in robust.values()):
             found.append(f"{address}: robust above clean")
+        for where, numbers in ((address, measured), (f"{address}, defended", measured.get("defended", {}))):
+            # Their sentences, with the numbers of each seed, are in runs.json; results of before have none.
+            doubts = {(finding["level"], finding["id"]): None for finding in numbers.get("findings", ())}
+            found += [f"{where}: {level} {check}" for level, check in doubts]
     return found
 
 

@@ -257,7 +257,9 @@ def _headline(result: dict[str, Any] | Exception) -> str:
     if isinstance(result, Exception):
         return f"state=failed problem={str(result).strip().splitlines()[-1][:200]!r}"
     if "sets" in result:
-        return f"state=measured took={result['seconds']:.0f}s"
+        every = [one for bare in result["sets"].values() for one in (bare, bare.get("defended", {}))]
+        doubts = {f" check={found['id']}:{found['level']}": None for one in every for found in one.get("findings", ())}
+        return f"state=measured took={result['seconds']:.0f}s" + "".join(doubts)
     metrics = result["metrics"]
     if not metrics:
         return "state=diverged"

@@ -13,7 +13,7 @@ from zsr.launch.plan import Plan
 from zsr.models import load_model
 
 UNTOUCHED, BEST = "untouched", "best trial"
-HEADER = ["model", "set", "images", "chance %", "clean %", "robust %"]
+HEADER = ["model", "set", "images", "chance %", "clean %", "robust %", "checks"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Comparison:
     results: Mapping[str, list[EvalRow]]
 
     def rows(self) -> list[list[str]]:
-        """Cells under :data:`HEADER`, a set's two models below each other; accuracies with their 95 % interval."""
+        """Cells under :data:`HEADER`, a set's two models below each other; accuracies with their 95 % interval.
+
+        The last one names the checks that warn or fail, which says that a robust number is not to be believed.
+        """
         body = []
         for pair in zip(*self.results.values(), strict=True):
             for model, row in zip(self.results, pair, strict=True):
@@ -49,6 +52,7 @@ class Comparison:
                         f"{100 * row.chance:.1f}",
                         _cell(row.clean),
                         _cell(row.robust[self.attack]),
+                        ", ".join(f"{finding.level}: {finding.id}" for finding in row.doubts) or "none raised",
                     ]
                 )
         return body
@@ -91,6 +95,13 @@ def compare(final: Final, plan: Plan, best_model: Path) -> Comparison:
             batch_size=config.eval.batch_size,
             seed=config.seed,
         )
+        for row in results[name]:
+            for finding in row.doubts:
+                print(
+                    f"stage=final model={name.replace(' ', '_')} set={row.data} check={finding.id} level={finding.level} "
+                    f"reason={finding.sentence!r}",
+                    flush=True,
+                )
     return Comparison(label, results)
 
 
