@@ -35,11 +35,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "blows",
     [
         [Blow("worker", "node-1", 9, 0.3, 1), Blow("mlflow", "", 6, 0.0, 4)],
-        [Blow("driver", "", 12, 0.2, 1), Blow("raylet", "node-2", 21, 0.0, 2), Blow("s3", "", 21, 0.5, 2)],
+        pytest.param(
+            [Blow("driver", "", 12, 0.2, 1), Blow("raylet", "node-2", 21, 0.0, 2), Blow("s3", "", 21, 0.5, 2)],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["worker-and-mlflow", "driver-raylet-and-s3"],
 )
-@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.network
 @pytest.mark.xdist_group("ray")
