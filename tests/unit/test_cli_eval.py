@@ -240,7 +240,7 @@ def test_a_suite_is_measured_as_its_protocol_says(suite, tiny_model_name, tmp_pa
     assert call(*order, "--out", tmp_path / "cards") == 0
     said = capsys.readouterr().out
     assert "missing: PatchCamelyon (PCAM) (test) is not under" in said
-    assert "mean all (2 of 3 sets)" in said and "mean without_chance_level (2 of 2 sets)" in said
+    assert "mean of 2 of 3 " in said and "mean of 2, without chance level" in said
     cards = {card.dataset.key: card for card in cards_in(tmp_path / "cards")}
     assert sorted(cards) == ["cifar10", "stl10"]
     cifar = cards["cifar10"]

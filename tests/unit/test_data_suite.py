@@ -150,7 +150,7 @@ def test_averages_leave_out_what_says_nothing():
     assert averages["without_chance_level"] == [key for key in everything if key not in ("pcam", "eurosat")]
     assert averages["without_training_set"] == [key for key in everything if key != "tiny_imagenet"]
     assert len(averages["without_both"]) == 13
-    assert tga.averages(training_set="imagenet")["without_training_set"] == [k for k in everything if k != "imagenet"]
+    assert tga.averages({"imagenet"})["without_training_set"] == [k for k in everything if k != "imagenet"]
     assert load_suite("zsr").averages()["without_training_set"] == load_suite("zsr").averages()["all"]
 
 

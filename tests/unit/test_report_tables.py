@@ -88,7 +88,7 @@ def test_an_average_needs_all_of_its_sets() -> None:
     cards = [make_card("a", name, number) for name, number in (("pets", 30), ("cars", 50))]
     cards += [make_card("a", "pcam", 70, data=chance), make_card("b", "pets", 20), make_card("b", "cars", 10)]
     (sheet,) = sheets_of(*cards)
-    everything, without = "mean of 3", "mean of 2, without chance-level"
+    everything, without = "mean of 3", "mean of 2, without chance level"
     found = cell(sheet, "a", everything)
     assert found and math.isclose(found.value, 0.5)
     assert cell(sheet, "b", everything) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import typer
@@ -11,16 +12,25 @@ from zsr.cli.output import percent, print_table
 
 if TYPE_CHECKING:
     from zsr.data.suite import Suite
+    from zsr.eval.averages import Average
     from zsr.eval.card import ResultCard, Share
 
 
 def show_cards(cards: Sequence[ResultCard], suite: Suite | None) -> None:
-    """Print the tables, averages if a suite was measured, and the findings that a reader must know."""
+    """Print the tables with their averages, and the findings that a reader must know.
+
+    Args:
+        cards: of one call, all models; its tables leave the same sets out of their averages.
+        suite: that they were measured under.
+    """
+    from zsr.eval.averages import averages_of
+
+    averages = averages_of(cards, suite)
     for digest in dict.fromkeys(card.model.weights_digest for card in cards):
-        _show_model([card for card in cards if card.model.weights_digest == digest], suite)
+        _show_model([card for card in cards if card.model.weights_digest == digest], averages)
 
 
-def _show_model(cards: Sequence[ResultCard], suite: Suite | None) -> None:
+def _show_model(cards: Sequence[ResultCard], averages: Sequence[Average]) -> None:
     columns = list(dict.fromkeys(_column(card, cards) for card in cards if card.attack is not None))
     rows: dict[tuple[str, str], dict[str, ResultCard]] = {}
     for card in cards:
@@ -41,7 +51,7 @@ def _show_model(cards: Sequence[ResultCard], suite: Suite | None) -> None:
                 *(_robust(row.get(column)) for column in columns),
             ]
         )
-    body += list(_averages(rows, columns, suite, defended))
+    body += _means(rows, columns, averages, defended)
     titles = dict.fromkeys(card.attack.title for card in cards if card.attack is not None)
     title = ", ".join([f"{cards[0].model.name}: accuracy in %", *titles, "with 95% intervals"])
     if any(card.attack is not None and card.attack.knowledge == "oblivious" for card in cards):
@@ -61,43 +71,32 @@ def _column(card: ResultCard, cards: Sequence[ResultCard]) -> str:
     return f"{attack.name + ' ' if several else ''}{attack.norm} {attack.eps_text}{crafted}{unaware}"
 
 
-def _averages(
+def _means(
     rows: Mapping[tuple[str, str], Mapping[str, ResultCard]],
     columns: Sequence[str],
-    suite: Suite | None,
+    averages: Sequence[Average],
     defended: bool,
 ) -> Iterator[list[str]]:
-    """Means over the sets that are there, as the suite wants them; none of fewer than two."""
-    if suite is None:
-        return
+    """A line for each average, without and with the defence; an empty cell where a set of it was not measured."""
     for defense in dict.fromkeys(defense for _, defense in rows):
         there = {key: row for (key, other), row in rows.items() if other == defense}
-        for name, keys in suite.averages(_training_set(next(iter(there.values())))).items():
-            found = [there[key] for key in keys if key in there]
-            if len(found) < 2:
-                continue
-            clean = [next(iter(row.values())).clean.value for row in found]
-            robust = [[row[column].robust for row in found if column in row] for column in columns]
-            yield [
-                f"mean {name} ({len(found)} of {len(keys)} sets)",
-                *([defense] if defended else []),
-                "",
-                "",
-                percent(sum(clean) / len(clean)),
-                *(_mean([share.value for share in shares if share is not None], len(found)) for shares in robust),
-            ]
+        clean = {key: next(iter(row.values())).clean for key, row in there.items()}
+        attacked = [{key: row[column] for key, row in there.items() if column in row} for column in columns]
+        for average in averages:
+            cells = [_mean(average.take(clean)), *(_mean_robust(average.take(found)) for found in attacked)]
+            if any(cells):
+                yield [average.label, *([defense] if defended else []), "", "", *cells]
 
 
-def _training_set(row: Mapping[str, ResultCard]) -> str | None:
-    """The registry's set that a model was trained on, if its address says so; None leaves it to the protocol."""
-    from zsr.data.suite import dataset_keys
-
-    parts = (next(iter(row.values())).model.trained_on or "").split("/")
-    return next((part for part in parts if part in dataset_keys()), None)
+def _mean(shares: Sequence[Share] | None) -> str:
+    return "" if shares is None else percent(fmean(share.value for share in shares))
 
 
-def _mean(values: Sequence[float], expected: int) -> str:
-    return percent(sum(values) / expected) if len(values) == expected else ""
+def _mean_robust(cards: Sequence[ResultCard] | None) -> str:
+    if cards is None:
+        return ""
+    failed = "" if all(card.believed for card in cards) else " !"
+    return _mean([card.robust for card in cards if card.robust is not None]) + failed
 
 
 def _robust(card: ResultCard | None) -> str:
@@ -117,10 +116,8 @@ def _sentences(cards: Sequence[ResultCard]) -> Iterator[str]:
     """What was left after each stage, and what the checks found; the same finding at several budgets is said once."""
     budgets: dict[tuple[str, str, str], list[str]] = {}
     for card in cards:
-        if card.attack is None:
-            continue
         where = f"{card.dataset.key}{' behind ' + card.defense.name if card.defense else ''}"
-        label = f"{card.attack.name} {card.attack.eps_text}"
+        label = "clean" if card.attack is None else f"{card.attack.name} {card.attack.eps_text}"
         if card.survivors:
             after = ", ".join(f"{stage} {percent(share.value)}" for stage, share in card.survivors.items())
             yield f"{where} {label}: after {after}"

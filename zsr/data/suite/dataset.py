@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,24 +23,33 @@ class Suite:
     protocol: Protocol
     datasets: list[Dataset]
 
-    def averages(self, training_set: str | None = None) -> dict[str, list[str]]:
+    def averages(self, training_sets: Collection[str] | None = None) -> dict[str, list[str]]:
         """The sets that each average is taken over, by the average's name.
 
         Args:
-            training_set: key of the set that the model at hand was trained on; the protocol's own by default.
+            training_sets: keys of the sets that the models at hand were trained on; the protocol's own by default.
         """
-        out: Mapping[str, set[str]] = {
-            "chance_level": {dataset.key for dataset in self.datasets if dataset.card.chance_level},
-            "training_set": {training_set or self.protocol.training_set or ""},
-        }
-        return {
-            name: [
-                dataset.key
-                for dataset in self.datasets
-                if not any(dataset.key in out.get(what, {what}) for what in without)
-            ]
-            for name, without in self.protocol.averages.items()
-        }
+        chance_level = {dataset.key: dataset.card.chance_level for dataset in self.datasets}
+        if training_sets is None:
+            training_sets = {self.protocol.training_set or ""}
+        return leave_out(self.protocol.averages, chance_level, training_sets)
+
+
+def leave_out(
+    averages: Mapping[str, Sequence[str]], chance_level: Mapping[str, bool], training_sets: Collection[str]
+) -> dict[str, list[str]]:
+    """The sets that each average is taken over, by the average's name.
+
+    Args:
+        averages: what each leaves out: sets by key, or ``chance_level`` or ``training_set``.
+        chance_level: by key of each set, whether a constant answer scores like a robust model on it.
+        training_sets: keys.
+    """
+    groups = {"chance_level": {key for key, known in chance_level.items() if known}, "training_set": set(training_sets)}
+    out = {
+        name: set[str]().union(*(groups.get(what, {what}) for what in without)) for name, without in averages.items()
+    }
+    return {name: [key for key in chance_level if key not in out[name]] for name in averages}
 
 
 @dataclass(frozen=True)

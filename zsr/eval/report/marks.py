@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from zsr.data.suite import Suite, load_suite, suite_names
-from zsr.eval.report.grid import Block, Cell, Column, Row, Sheet, group, mean_cell
+from zsr.eval.averages import Average, averages_of
+from zsr.eval.report.grid import Block, Cell, Column, Sheet, group, mean_cell, set_label
 
 
 def mark_sheet(sheet: Sheet, baseline: str | None) -> None:
@@ -17,16 +17,19 @@ def mark_sheet(sheet: Sheet, baseline: str | None) -> None:
     """
     suite = load_suite(sheet.protocol.suite) if sheet.protocol.suite in suite_names() else None
     _order_sets(sheet, suite)
-    trained_on = _training_sets(sheet, suite)
+    averages = averages_of(sheet.cards, suite)
+    lacking: dict[str, Mapping[str, tuple[str, ...]]] = {}
     base = next((row.key for row in sheet.rows if row.label == baseline), None)
     for block in sheet.blocks:
-        block.averages = _averages(block, sheet.rows, trained_on)
+        means = _average_columns(block, sheet, averages)
+        block.averages = [column for column in means if column.cells]
+        lacking[block.label] = means[0].missing if means else {}  # the others leave sets out, so they lack no more
         for column in block.leaves:
             _mark_best(list(column.cells.values()))
             if base in column.cells:
                 for row, cell in column.cells.items():
                     cell.delta = None if row == base else cell.value - column.cells[base].value
-    sheet.notes = _notes(sheet, suite)
+    sheet.notes = _notes(sheet, suite, lacking)
 
 
 def _order_sets(sheet: Sheet, suite: Suite | None) -> None:
@@ -35,40 +38,29 @@ def _order_sets(sheet: Sheet, suite: Suite | None) -> None:
         block.columns.sort(key=lambda column: order.get(column.dataset.key if column.dataset else "", len(order)))
 
 
-def _training_sets(sheet: Sheet, suite: Suite | None) -> set[str]:
-    """Keys of the sets that a model of the sheet was trained on, so that all rows leave the same ones out."""
-    named = {card.model.trained_on or "" for card in sheet.cards} | {(suite and suite.protocol.training_set) or ""}
-    parts = {part for name in named for part in [name, *re.split(r"[/:]+", name)] if part}
-    return parts & {card.dataset.key for card in sheet.cards}
-
-
-def _averages(block: Block, rows: Sequence[Row], trained_on: set[str]) -> list[Column]:
+def _average_columns(block: Block, sheet: Sheet, averages: Sequence[Average]) -> list[Column]:
     if len(block.columns) < 2 or twice(block):
         return []
-    chance = {column.key for column in block.columns if column.dataset and column.dataset.chance_level}
-    trained = {column.key for column in block.columns if column.dataset and column.dataset.key in trained_on}
-    wanted = {"all": set[str](), "without chance-level": chance, "without training set": trained}
-    if chance and trained:
-        wanted["without both"] = chance | trained
-    averages = []
-    for name, out in wanted.items():
-        over = [column for column in block.columns if column.key not in out]
-        if (name != "all" and not out) or len(over) < 2:
-            continue
-        average = Column(f"{block.key}-{name}", f"mean of {len(over)}" + f", {name}" * bool(out), None, "", name)
-        for row in rows:
-            missing = tuple(column.label for column in over if row.key not in column.cells)
-            if not missing:
-                average.cells[row.key] = mean_cell([column.cells[row.key] for column in over])
-            elif len(missing) < len(over):
-                average.missing[row.key] = missing
-        averages.append(average)
-    return averages
+    labels = {card.dataset.key: set_label(card.dataset) for card in reversed(sheet.cards)}
+    columns = []
+    for average in averages:
+        column = Column(f"{block.key}-{average.name}", average.label, None, "", average.name)
+        for row in sheet.rows:
+            here = {
+                one.dataset.key: one.cells[row.key] for one in block.columns if one.dataset and row.key in one.cells
+            }
+            found, missing = average.take(here), average.missing(here)
+            if found is not None:
+                column.cells[row.key] = mean_cell(found)
+            elif len(missing) < len(average.over):
+                column.missing[row.key] = tuple(labels[key] for key in missing)
+        columns.append(column)
+    return columns
 
 
 def twice(block: Block) -> list[str]:
-    """Sets that stand in more than one column of a block, as other samples, classes or prompts."""
-    sets = group((column.dataset for column in block.columns if column.dataset), lambda data: data.key + data.split)
+    """Sets that stand in more than one column of a block, as another split, other samples, classes or prompts."""
+    sets = group((column.dataset for column in block.columns if column.dataset), lambda data: data.key)
     return [found[0].key for found in sets.values() if len(found) > 1]
 
 
@@ -82,20 +74,24 @@ def _mark_best(cells: Sequence[Cell]) -> None:
             cell.best = True
 
 
-def _notes(sheet: Sheet, suite: Suite | None) -> list[str]:
+def _notes(sheet: Sheet, suite: Suite | None, lacking: Mapping[str, Mapping[str, tuple[str, ...]]]) -> list[str]:
+    """What has to be said of the averages.
+
+    Args:
+        lacking: by block and row, the sets for want of which there is none.
+    """
     notes = []
     labels = {row.key: row.label for row in sheet.rows}
-    lacking: dict[tuple[str, str], list[str]] = {}
+    unknown: dict[tuple[str, str], list[str]] = {}
     for block in sheet.blocks:
         if same := twice(block):
             notes.append(
-                f"{block.label}: no average, since {', '.join(same)} stands in several columns (other samples, classes or "
-                "prompts), which must not be mixed."
+                f"{block.label}: no average, since {', '.join(same)} stands in several columns (another split, other "
+                "samples, classes or prompts), which must not be mixed."
             )
-        for average in block.averages[:1]:  # the others leave sets out, so they lack no more than the first
-            for row, missing in average.missing.items():
-                lacking.setdefault((labels[row], ", ".join(missing)), []).append(block.label)
-    for (label, names), blocks in lacking.items():
+        for row, missing in lacking[block.label].items():
+            unknown.setdefault((labels[row], ", ".join(missing)), []).append(block.label)
+    for (label, names), blocks in unknown.items():
         notes.append(f"{label}: no average over all sets, since {names} was not measured ({'; '.join(blocks)}).")
     here = {card.dataset.key for card in sheet.cards}
     absent = [data.key for data in suite.datasets if data.key not in here] if suite else []
