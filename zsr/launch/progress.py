@@ -16,10 +16,13 @@ from zsr.launch.capacity import Demand
 from zsr.launch.cluster import current_capacity
 from zsr.launch.guard import find_flags
 from zsr.launch.plan import TRIAL_START_S, Plan, duration
-from zsr.launch.trials import Stopwatch, TrialBook, TrialRecord, TrialState
+from zsr.launch.trials import PLACE, Tenure, TrialBook, TrialRecord, TrialState
 
 QUIET_S = 15.0
 """Longest silence before a sign of life."""
+
+LOOK_S = 1.0
+"""Pause between two looks at which places are held; by so much a trial's time may be wrong."""
 
 SILENT_S = 600.0
 """Time without any report from a trial after which something may be wrong."""
@@ -43,12 +46,12 @@ class Progress(tune.Callback):
         self._begin()
 
     def _begin(self) -> None:
-        self._watch = Stopwatch()
+        self._tenure, self._looked = Tenure(), 0.0
         self._started = self._spoken = self._heard = time.monotonic()
         self._running: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_watch", "_running")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_tenure", "_running")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -68,6 +71,9 @@ class Progress(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
     ) -> None:
         self._heard = time.monotonic()
+        if PLACE in result:  # the workers run, and have nothing else to say yet
+            self._tenure.settle(trial.trial_id, result[PLACE])
+            return
         record = self._page(trial)
         measured = dict(result["measured"])
         if not result.get("ended"):
@@ -97,9 +103,11 @@ class Progress(tune.Callback):
         self._say(f"trial={self._page(trial).number} state=retrying problem={_last_line(trial)!r}")
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        if time.monotonic() - self._spoken < QUIET_S or not self._running:
-            return
         now = time.monotonic()
+        if now - self._looked >= LOOK_S and self._running:
+            self._look()
+        if now - self._spoken < QUIET_S or not self._running:
+            return
         waiting = " ".join(
             f"trial={self._number(trials, name)} for={duration(now - since)}" for name, since in self._running.items()
         )
@@ -158,8 +166,14 @@ class Progress(tune.Callback):
     def _number(self, trials: Sequence[Any], trial_id: str) -> int:
         return next(int(trial.config["number"]) for trial in trials if trial.trial_id == trial_id)
 
+    def _look(self) -> None:
+        groups = placement_group_table().items()
+        self._looked = time.monotonic()
+        self._tenure.look([place for place, group in groups if group["state"] == "CREATED"], self._looked)
+
     def _keep(self, trial: Any, record: TrialRecord) -> None:
-        record.seconds += self._watch.lap(trial.trial_id)
+        self._look()
+        record.seconds += self._tenure.lap(trial.trial_id)
         self._book.write(record)
 
     def _say(self, line: str) -> None:

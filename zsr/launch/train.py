@@ -20,6 +20,7 @@ from typing import Any
 import ray.train
 from ray.train import ControllerError, FailureConfig, LoggingConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util import get_current_placement_group
 
 from zsr.config import RunConfig
 from zsr.config.schema import LaunchConfig
@@ -29,6 +30,7 @@ from zsr.launch.records import FOLDER, bring_records
 from zsr.launch.remote_shelf import patiently
 from zsr.launch.session import RaySession
 from zsr.launch.store import Store
+from zsr.launch.trials import PLACE
 from zsr.tracking import RunTracker, make_tracker
 from zsr.tracking.null import NullTracker
 from zsr.tracking.record import record_end, record_start
@@ -215,6 +217,8 @@ def run_worker(arguments: dict[str, Any]) -> RunOutcome:
     config = RunConfig.model_validate(task.config)
     session = RaySession(store.child(task.name), config.train.keep_checkpoints)
     loop = arguments["loop"] or engine_loop()
+    if task.parent:  # a sweep counts the time that a trial holds its place
+        ray.train.report({PLACE: get_current_placement_group().id.hex()})
     if session.rank == 0:
         logging.getLogger("zsr").setLevel(logging.INFO)
         logging.basicConfig(format="%(message)s", stream=sys.stdout)

@@ -18,7 +18,7 @@ from zsr.launch.guard import honest
 from zsr.launch.space import point_config
 from zsr.launch.store import Store
 from zsr.launch.train import Loop, RunEndedError, RunOutcome, run_ray
-from zsr.launch.trials import TrialBook, plain_metrics
+from zsr.launch.trials import PLACE, TrialBook, plain_metrics
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class TrialPlan:
 
 
 class ForwardReports(TuneReportCallback):
-    """Passes reports that carry every objective on to Tune, so that schedulers and search see finite, honest values.
+    """Passes on to Tune where workers run, and reports that carry every objective: schedulers and search see finite, honest
+    values.
 
     It lives in the run's controller, where an exception would end the run for good.
     """
@@ -60,7 +61,9 @@ class ForwardReports(TuneReportCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any | None) -> None:
         try:
-            if all(name in metrics[0] for name, _ in self._metrics):
+            if PLACE in metrics[0]:
+                super().after_report(run_context, [{PLACE: metrics[0][PLACE], "measured": {}}], checkpoint)
+            elif all(name in metrics[0] for name, _ in self._metrics):
                 super().after_report(run_context, [report(metrics[0], self._metrics)], checkpoint)
         except Exception as error:
             print(f"forward=failed problem={error!r}", flush=True)

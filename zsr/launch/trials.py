@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +11,8 @@ from zsr.launch.store import Store
 
 TrialState = Literal["pending", "running", "finished", "pruned", "failed", "diverged"]
 ENDED: tuple[TrialState, ...] = ("finished", "pruned", "failed", "diverged")
+PLACE = "place"
+"""In the first report of a trial's workers: the id of Ray's placement group in which they are."""
 
 
 @dataclass
@@ -26,7 +27,7 @@ class TrialRecord:
         metrics: of the last report.
         history: of every report.
         checkpoint: address of the newest checkpoint.
-        seconds: it ran, start-up included, over all attempts.
+        seconds: its workers held their places, start-up included, over all attempts; waiting for a place is not among them.
         flags: reasons not to believe it.
         error: what stopped it.
         attempts: how often it was started.
@@ -78,17 +79,35 @@ class TrialBook:
         return [record for record in found if record is not None]
 
 
-class Stopwatch:
-    """Seconds since it was last read; zero at first."""
+class Tenure:
+    """How long trials have held their places: what is paid for, while waiting for a place costs nothing.
+
+    Only the workers can tell which place is theirs, once they run; but then their start-up is behind them. So all places are
+    watched from their beginning.
+    """
 
     def __init__(self) -> None:
-        self._since: dict[str, float] = {}
+        self._seen: dict[str, tuple[float, float]] = {}
+        self._places: dict[str, set[str]] = {}
+        self._counted: dict[str, float] = {}
 
-    def lap(self, name: str) -> float:
-        now = time.monotonic()
-        before = self._since.get(name, now)
-        self._since[name] = now
-        return now - before
+    def look(self, held: Iterable[str], now: float) -> None:
+        """These places, and no others, are held at this moment (seconds of any clock that does not go back)."""
+        for place in held:
+            first, _ = self._seen.get(place, (now, now))
+            self._seen[place] = first, now
+
+    def settle(self, trial_id: str, place: str) -> None:
+        """A trial's workers run in this place; after a failure it is another one."""
+        self._places.setdefault(trial_id, set()).add(place)
+
+    def lap(self, trial_id: str) -> float:
+        """Seconds that the trial has held its places since this was last asked, as far as was looked."""
+        spans = (self._seen[place] for place in self._places.get(trial_id, ()) if place in self._seen)
+        total = sum(last - first for first, last in spans)
+        before = self._counted.get(trial_id, 0.0)
+        self._counted[trial_id] = total
+        return total - before
 
 
 def plain_metrics(result: Mapping[str, Any]) -> dict[str, float]:
