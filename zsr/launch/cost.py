@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,13 @@ import yaml
 from zsr.config import ConfigError, RunConfig
 from zsr.config.schema import LaunchConfig
 from zsr.engine.protocols import Tracker
+from zsr.launch.store import Store
 from zsr.launch.trials import TrialBook, TrialRecord
 
 METER_S = 30.0
 """Pause between two looks at what a sweep has cost so far."""
+
+BUDGET_FILE = "budget.json"
 
 PRICES = Path(__file__).with_name("prices.yaml")
 
@@ -135,18 +139,55 @@ class Budget:
         A trial is expected to take what finished ones took on average, before that what was planned. Where neither is known,
         only what was spent counts.
         """
-        spent = self.rate.cost(sum(trial.seconds for trial in trials))
+        spent, ahead, new = self._account(trials)
+        if spent + ahead + new <= self.usd and spent < self.usd:
+            return None
+        running = sum(not trial.ended for trial in trials)
+        return (
+            f"--max-cost={self.usd:g}: {spent:.2f} spent, {ahead:.2f} still to come for {running} running trials and "
+            f"{new:.2f} for another one are more; no new trial starts; --resume with a larger --max-cost goes on"
+        )
+
+    def spent_up(self, trials: Sequence[TrialRecord], num_trials: int) -> str | None:
+        """Why a resume would change nothing: none of so many trials is under way, some are left, and there is no money."""
+        if len(trials) >= num_trials or not all(trial.ended for trial in trials) or not self.refusal(trials):
+            return None
+        spent, _, new = self._account(trials)
+        enough = math.ceil(100 * (spent + new)) / 100 + 0.01
+        return (
+            f"--max-cost={self.usd:g}: the budget is spent, {spent:.2f} on {len(trials)} of {num_trials} trials; go on with "
+            f"--resume --max-cost={enough:.2f} or more"
+        )
+
+    def _account(self, trials: Sequence[TrialRecord]) -> tuple[float, float, float]:
+        """Dollars that were spent, that running trials will still cost, and that a new trial will."""
         finished = [trial.seconds for trial in trials if trial.state == "finished"]
         expected_s = sum(finished) / len(finished) if finished else self.trial_s or 0.0
         running = [trial for trial in trials if not trial.ended]
-        ahead = self.rate.cost(sum(max(expected_s - trial.seconds, 0.0) for trial in running))
-        new = self.rate.cost(expected_s)
-        if spent + ahead + new <= self.usd and spent < self.usd:
-            return None
         return (
-            f"--max-cost={self.usd:g}: {spent:.2f} spent, {ahead:.2f} still to come for {len(running)} running trials and "
-            f"{new:.2f} for another one are more; no new trial starts"
+            self.rate.cost(sum(trial.seconds for trial in trials)),
+            self.rate.cost(sum(max(expected_s - trial.seconds, 0.0) for trial in running)),
+            self.rate.cost(expected_s),
         )
+
+
+def keep_budget(budget: Budget | None, store: Store) -> None:
+    """Lay the budget into the sweep's folder, where the search looks before each trial: a resume may bring another one.
+
+    Raises:
+        OSError: the storage does not answer.
+    """
+    store.write_json(asdict(budget) if budget else None, BUDGET_FILE)
+
+
+def find_budget(store: Store) -> Budget | None:
+    """What ``keep_budget`` kept last; ``None`` for a sweep without a limit.
+
+    Raises:
+        OSError: the storage does not answer.
+    """
+    found = store.read_json(BUDGET_FILE)
+    return Budget(found["usd"], Rate(**found["rate"]), found["trial_s"]) if found else None
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from zsr.launch.capacity import Demand, settle_concurrency
 from zsr.launch.cluster import attach, quiet_environment
-from zsr.launch.cost import cost_meter
+from zsr.launch.cost import cost_meter, keep_budget
 from zsr.launch.plan import Plan, duration
 from zsr.launch.store import Store
 from zsr.launch.trials import TrialBook
@@ -23,7 +23,7 @@ from zsr.launch import publish  # noqa: E402
 from zsr.launch.finalists import measure_on_ray, settle_finalists  # noqa: E402
 from zsr.launch.progress import Progress  # noqa: E402
 from zsr.launch.results import Results, judge, print_rows, print_table  # noqa: E402
-from zsr.launch.search import SweepSearch, make_scheduler  # noqa: E402
+from zsr.launch.search import ResumableSearch, SweepSearch, make_scheduler  # noqa: E402
 from zsr.launch.study import Journal, close_study, open_study_storage  # noqa: E402
 from zsr.launch.trial import TrialPlan, trial_function  # noqa: E402
 from zsr.tracking.card import markdown_table  # noqa: E402
@@ -43,7 +43,9 @@ def drive(sweep: Sweep, plan: Plan, store: Store, sweep_id: str, asked: Mapping[
     concurrent = settle_concurrency(demand, capacity, plan.num_trials, plan.max_concurrent)
     trial_plan = TrialPlan(sweep_id, plan.tree, plan.metrics, store.root, sweep.loop)
     study_storage = open_study_storage(store, plan.config.launch.search)
-    store.write_json({"id": sweep_id, "name": plan.name, "asked": dict(asked)}, "sweep.json")
+    page = {"id": sweep_id, "name": plan.name, "asked": dict(asked)}
+    store.write_json({**page, "ended": False}, "sweep.json")
+    keep_budget(plan.budget, store)
     commit = source_commit()
     tracker = publish.open_sweep_tracker(plan, trial_plan, store, {"zsr.commit": commit} if commit else {})
     tracker.log_params({"method": plan.config.objective.name, "architecture": plan.config.model.name})
@@ -62,7 +64,9 @@ def drive(sweep: Sweep, plan: Plan, store: Store, sweep_id: str, asked: Mapping[
         print("stage=publish note='table, charts, best model; about 20s'", flush=True)
         study = close_study(study_storage, sweep_id)
         results = judge(trials, plan.metrics)
-        return finish(results, plan, trial_plan, store, study, tracker)
+        code = finish(results, plan, trial_plan, store, study, tracker)
+        store.write_json({**page, "ended": True}, "sweep.json")
+        return code
     except Exception:
         status = "FAILED"
         raise
@@ -97,15 +101,14 @@ def run_trials(
             plan.seed,
             book,
             sweep.first,
-            plan.budget,
+            store,
             None if plan.config.launch.search else Journal(store),
         )
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
                 num_samples=plan.num_trials,
-                max_concurrent_trials=concurrent,
-                search_alg=search,
+                search_alg=ResumableSearch(search, concurrent),
                 scheduler=make_scheduler(plan.metrics, plan.steps or 1, sweep.asha.grace, sweep.asha.reduction_factor),
             ),
             run_config=tune.RunConfig(

@@ -9,11 +9,13 @@ from typing import Any
 
 import optuna
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import ConcurrencyLimiter, SearchGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from zsr.config import RunConfig
-from zsr.launch.cost import Budget
+from zsr.launch.cost import find_budget
 from zsr.launch.space import Point, Space
+from zsr.launch.store import Store
 from zsr.launch.study import Journal
 from zsr.launch.trials import TrialBook
 
@@ -30,7 +32,7 @@ class SweepSearch(OptunaSearch):
         seed: of the sampler.
         book: where trials are written down.
         first: points to try before the sampler chooses, by the names that the space gives its suggestions.
-        budget: what the sweep may cost; without one it runs all its trials.
+        purse: the sweep's folder, if what it may cost lies there; without one it runs all its trials.
         journal: the file that ``storage`` writes to, if it is one.
     """
 
@@ -44,10 +46,10 @@ class SweepSearch(OptunaSearch):
         seed: int,
         book: TrialBook,
         first: Sequence[Mapping[str, Any]] = (),
-        budget: Budget | None = None,
+        purse: Store | None = None,
         journal: Journal | None = None,
     ) -> None:
-        self._book, self._budget, self._journal = book, budget, journal
+        self._book, self._purse, self._journal = book, purse, journal
         names, modes = [name for name, _ in metrics], [mode for _, mode in metrics]
         single = len(metrics) == 1
         super().__init__(
@@ -61,7 +63,9 @@ class SweepSearch(OptunaSearch):
         )
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        refusal = self._budget.refusal(self._book.all()) if self._budget else None
+        # Not kept here: this object comes back with a resume as it was, and the budget may be another one by then.
+        budget = find_budget(self._purse) if self._purse else None
+        refusal = budget.refusal(self._book.all()) if budget else None
         if refusal:
             print(f"stage=budget note='{refusal}'", flush=True)
             return str(self.FINISHED)
@@ -90,6 +94,21 @@ class SweepSearch(OptunaSearch):
         if self._journal:
             self._journal.bring_back(journal)  # before the study is loaded, which reads it
         self.__dict__.update(pickle.loads(state))
+
+
+class ResumableSearch(SearchGenerator):
+    """Tune's side of a search, which asks again after a resume where the search had ended for want of money.
+
+    Args:
+        search: says which point is tried next.
+        concurrent: trials at once.
+    """
+
+    def __init__(self, search: SweepSearch, concurrent: int) -> None:
+        super().__init__(ConcurrencyLimiter(search, concurrent))
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state({**state, "finished": False})
 
 
 class _Suggest:

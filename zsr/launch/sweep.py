@@ -23,6 +23,7 @@ from zsr.launch.plan import Plan, count_trial_steps
 from zsr.launch.space import Space, check_space
 from zsr.launch.store import Store
 from zsr.launch.strong import Finalists
+from zsr.launch.trials import TrialBook
 
 ROBUST = ("val/robust_acc", "max")
 BOTH = (("val/clean_acc", "max"), ROBUST)
@@ -110,8 +111,10 @@ def main(sweep: Sweep, argv: Sequence[str] | None = None) -> int:
     try:
         store, earlier = find_earlier(sweep, asked) if asked.resume else (None, None)
         if earlier is not None:
-            asked = argparse.Namespace(**{**vars(asked), **earlier["asked"], "resume": True, "dry_run": asked.dry_run})
+            asked = as_before(asked, earlier["asked"])
         plan = make_plan(sweep, asked)
+        if store is not None and earlier is not None:
+            refuse_without_money(plan, store, earlier)
         for line in plan.lines():
             print(line, flush=True)
         if asked.dry_run:
@@ -155,7 +158,11 @@ def parse_arguments(sweep: Sweep, argv: Sequence[str] | None) -> argparse.Namesp
     add("--max-cost", type=_dollars, help="dollars after which no new trial starts; needs the price of an hour")
     add("--seed", type=int, default=0, help="of the search (default: %(default)s)")
     add("--name", default=sweep.name, help="of the sweep (default: %(default)s)")
-    add("--resume", action="store_true", help="go on with the newest sweep of this name; finished trials stay finished")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the newest sweep of this name, as it was asked for but for --max-cost; finished trials stay finished",
+    )
     add("--dry-run", action="store_true", help="print the plan and stop; touches nothing")
     return parser.parse_intermixed_args(argv)
 
@@ -222,6 +229,26 @@ def find_earlier(sweep: Sweep, asked: argparse.Namespace) -> tuple[Store, dict[s
             if found is not None:
                 return root.child(name), found
     raise ConfigError(f"--resume: there is no sweep called {asked.name!r} under {root.root}; start it without --resume")
+
+
+def as_before(asked: argparse.Namespace, earlier: Mapping[str, Any]) -> argparse.Namespace:
+    """What a resumed sweep was asked for, with this command's word on what it may cost."""
+    now = {"resume": True, "dry_run": asked.dry_run}
+    if asked.max_cost is not None:
+        now["max_cost"] = asked.max_cost
+    return argparse.Namespace(**{**vars(asked), **earlier, **now})
+
+
+def refuse_without_money(plan: Plan, store: Store, earlier: Mapping[str, Any]) -> None:
+    """Nothing is begun where a sweep has said all that its budget allows.
+
+    Raises:
+        ConfigError: the budget is spent, trials are left, and the results of the others are out.
+    """
+    if plan.budget and earlier.get("ended"):
+        spent_up = plan.budget.spent_up(TrialBook(store).all(), plan.num_trials)
+        if spent_up:
+            raise ConfigError(spent_up)
 
 
 def _positive(text: str) -> int:
