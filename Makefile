@@ -47,13 +47,14 @@ shipped-sets: $(STAMP) ## Make test sets under .zsr/sets from packages of Debian
 # What docs/evaluation.md reports: an hour and more on two cores; interrupted, it goes on where it was.
 EVALUATED := .zsr/runs/evaluation
 TRAIN := $(BIN)/zsr train --local --preset demo attack.steps=2 attack.step_size=3/255 train.precision=bf16
+MEASURE := $(BIN)/zsr eval --suite shipped --root .zsr/sets --num-samples 24 --defense ttc --workers 2 --out .zsr/results/shipped \
+  $(foreach model,zsr:emoji-vit $(addprefix $(EVALUATED)/,tecoa tima fare),--model $(model))
 evaluation: shipped-sets ## AutoAttack on the embedded model and three fine-tuned ones, with and without TTC; a report page
 	$(TRAIN) -o $(EVALUATED)/tecoa objective=tecoa optim.lr=4e-3
 	$(TRAIN) -o $(EVALUATED)/tima objective.weight_takd=0.25 objective.weight_mhe=0.25 objective.weight_iakd=0.25
 	$(TRAIN) -o $(EVALUATED)/fare objective=fare
-	$(BIN)/zsr eval --model zsr:emoji-vit --model $(EVALUATED)/tecoa --model $(EVALUATED)/tima --model $(EVALUATED)/fare \
-	  --suite shipped --root .zsr/sets --num-samples 16 --attack aa --attack adaptive --defense ttc --workers 2 \
-	  --out .zsr/results/shipped
+	$(MEASURE) --attack pgd --steps 50
+	$(MEASURE) --attack adaptive --attack aa
 	$(BIN)/zsr report .zsr/results/shipped --out docs/evaluation --title "Four models on the shipped sets"
 
 imagenet-rehearsal: $(STAMP) ## 20,480 images from a tar of tars, through kills and a bad network, into training

@@ -40,7 +40,7 @@ case $target in
     step zsr
     check='zsr version && ray --version && python -c "import ray, mlflow, boto3, optuna, zsr.engine.loop"'
     ;;
-  mlflow) step servers && check='mlflow --version && python -c "import psycopg2, flask_wtf, boto3"' ;;
+  mlflow) step servers && check='mlflow --version && python -c "import psycopg, flask_wtf, boto3"' ;;
   s3) step s3 && check='weed version' ;;
   *) echo "check_install: cpu, cuda, mlflow or s3" >&2 && exit 2 ;;
 esac
