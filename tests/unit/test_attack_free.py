@@ -114,6 +114,39 @@ def test_a_sample_is_attacked_the_same_way_in_any_batch_and_any_order(name, norm
 
 
 @pytest.mark.parametrize("name", NAMES)
+@given(
+    st.sampled_from([("linf", 0.01), ("linf", 0.03), ("l2", 0.1), ("l2", 0.3)]), st.integers(1, 60), st.integers(0, 99)
+)
+@settings(max_examples=10)
+def test_attempts_in_one_batch_find_what_they_find_one_after_the_other(name, norm_eps, rows, seed):
+    """Targets and restarts together, as many as a batch holds, in fewer calls."""
+    model, image, label = easy(7, seed)
+    label[5] = (label[5] + 1) % 5
+    found, calls = [], []
+    for most in (0, rows):
+        counted: list[int] = []
+
+        def count(x: Tensor, counted: list[int] = counted) -> Tensor:
+            counted.append(len(x))
+            return model(x)
+
+        attack = build(name, norm=norm_eps[0], eps=norm_eps[1])
+        for part in attack.parts:
+            part.rows = most
+        found.append(attack.attack_classifier(count, image, label, sample_seeds("abcdefg", seed)))
+        calls.append(counted)
+        assert max(counted) <= max(7, most)
+    one, other = found
+    assert torch.equal(one.image_BCHW, other.image_BCHW)
+    assert torch.equal(one.zero_grad_B, other.zero_grad_B)
+    assert (one.success_B is None) == (other.success_B is None)
+    assert one.success_B is None or torch.equal(one.success_B, other.success_B)
+    assert len(calls[1]) <= len(calls[0])
+    if name in ("apgd", "fab") and not one.success_B[torch.arange(7) != 5].any() and rows >= 12:
+        assert len(calls[1]) < len(calls[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 1.0)])
 def test_it_finds_adversarial_images_where_they_are_plenty(name, norm, eps):
     model, image, label = easy(30)

@@ -75,9 +75,9 @@ class AdaptiveConfig(BoundedConfig):
     start: Literal["bare", "random"] = "bare"
     """From where the bare model's loss leads in as many steps, or from the random start itself."""
     eot: Count = 2
-    """Draws of the defence's noise that each gradient is the mean of. Many steps of few draws, new ones each time, find more than
-    few steps of many: of 16 images of zsr:emoji/val that zsr:emoji-vit has right behind TTC, 50 steps of 2 draws left none at
-    4/255, 10 steps of 10 draws left 2, and PGD-50 without knowledge of TTC 4."""
+    """Draws of the defence's noise that each gradient is the mean of. Many steps of few draws, new ones each time, find more
+    than few steps of many: of 16 images of zsr:emoji/val that zsr:emoji-vit has right behind TTC, 50 steps of 2 draws left
+    none at 4/255, 10 steps of 10 draws left 2, and PGD-50 without knowledge of TTC 4."""
     through: Through = "unrolled"
     gate_weight: Weight = 1.0
     """Of the term that leads the image to where the defence does not act; 0 leaves it out."""

@@ -11,6 +11,7 @@ where most looks are wrong (theirs asks the last one); a survivor comes back at 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -18,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from zsr.attacks.ascent import Ascended, ascend
+from zsr.attacks.attempts import first_success, in_groups
 from zsr.attacks.base import AttackResult, BoundedAttack, BoundedConfig, Logits, PerSampleLoss
 from zsr.attacks.losses import LossName, classifier_loss, likely_targets, steps_aside
 from zsr.attacks.noise import derived_seeds
@@ -70,35 +72,38 @@ class APGD(BoundedAttack[APGDConfig]):
         image_BCHW, zero_grad_B = image_BCHW.clone(), _no(image_BCHW)
         if threat.eps == 0 or steps_aside(config.loss, clean_BC.shape[1]):
             return AttackResult(image_BCHW, zero_grad_B, wrong_B)
-        clean_all_BCHW, highest_B = image_BCHW.clone(), torch.full_like(clean_BC[:, 0], -torch.inf)
+        clean_BCHW, highest_B = image_BCHW.clone(), torch.full_like(clean_BC[:, 0], -torch.inf)
         targets_BK = (
             likely_targets(clean_BC, label_B, config.target_classes)
             if config.loss == "dlr-targeted"
             else label_B[:, None]
         )
-        for rank in range(targets_BK.shape[1]):
-            for restart in range(config.restarts):
-                left = (~wrong_B).nonzero().flatten()
-                if not len(left):
-                    return AttackResult(image_BCHW, zero_grad_B, wrong_B)
-                clean_BCHW, targets_B, labels_B = clean_all_BCHW[left], targets_BK[left, rank], label_B[left]
+        attempts = [*product(range(targets_BK.shape[1]), range(config.restarts))]
+        for group in in_groups(attempts, self.rows, lambda: int((~wrong_B).sum())):
+            left = (~wrong_B).nonzero().flatten()
+            all_rows = left.repeat(len(group))
+            ranks = torch.tensor([rank for rank, _ in group], device=left.device).repeat_interleave(len(left))
+            labels_B, targets_B = label_B[all_rows], targets_BK[all_rows, ranks]
+            left_seeds = [seeds[row] for row in left.tolist()]
+            own_seeds = [seed for attempt in group for seed in derived_seeds(left_seeds, "apgd", config.loss, *attempt)]
 
-                def look(
-                    x: Tensor, rows: Tensor, labels_B: Tensor = labels_B, targets_B: Tensor = targets_B
-                ) -> tuple[Tensor, Tensor]:
-                    logits_BC = logits(x)
-                    loss_B = classifier_loss(config.loss, logits_BC, labels_B[rows], targets_B[rows])
-                    return loss_B, logits_BC.argmax(1) != labels_B[rows]
+            def look(
+                x: Tensor, rows: Tensor, labels_B: Tensor = labels_B, targets_B: Tensor = targets_B
+            ) -> tuple[Tensor, Tensor]:
+                logits_BC = logits(x)
+                loss_B = classifier_loss(config.loss, logits_BC, labels_B[rows], targets_B[rows])
+                return loss_B, logits_BC.argmax(1) != labels_B[rows]
 
-                own_seeds = [seeds[row] for row in left.tolist()]
-                own_seeds = derived_seeds(own_seeds, "apgd", config.loss, rank, restart)
-                start_BCHW = threat.random_start(clean_BCHW, own_seeds)
-                found = ascend(look, threat, clean_BCHW, start_BCHW, steps=config.steps, rho=config.rho, eot=config.eot)
-                take_B = found.success_B | (found.loss_B > highest_B[left])
-                image_BCHW[left[take_B]] = found.image_BCHW[take_B]
-                highest_B[left] = torch.maximum(highest_B[left], found.loss_B)
-                zero_grad_B[left] |= found.zero_grad_B
-                wrong_B[left] = found.success_B
+            start_BCHW = threat.random_start(clean_BCHW[all_rows], own_seeds)
+            ascended = ascend(
+                look, threat, clean_BCHW[all_rows], start_BCHW, steps=config.steps, rho=config.rho, eot=config.eot
+            )
+            found = first_success(ascended, len(group))
+            take_B = found.success_B | (found.loss_B > highest_B[left])
+            image_BCHW[left[take_B]] = found.image_BCHW[take_B]
+            highest_B[left] = torch.maximum(highest_B[left], found.loss_B)
+            zero_grad_B[left] |= found.zero_grad_B
+            wrong_B[left] = found.success_B
         return AttackResult(image_BCHW, zero_grad_B, wrong_B)
 
 

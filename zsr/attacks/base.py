@@ -57,6 +57,9 @@ class Attack(Plugin[AttackT]):
     """Base of all attacks. Subclassing with a config registers the attack under its config's name."""
 
     registry = ATTACKS
+    rows: int = 0
+    """Most images that a call of the classifier may hold. With few samples left an attack of several targets or restarts
+    tries as many at once as fit; 0 tries one after the other. The results are the same."""
 
     @property
     def stages(self) -> tuple[str, ...]:

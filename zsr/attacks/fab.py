@@ -11,12 +11,15 @@ both projections are one solver.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from zsr.attacks.ascent import Ascended
+from zsr.attacks.attempts import first_success, in_groups
 from zsr.attacks.base import AttackResult, BoundedAttack, BoundedConfig, Logits
 from zsr.attacks.losses import likely_targets
 from zsr.attacks.noise import derived_seeds
@@ -57,24 +60,29 @@ class FAB(BoundedAttack[FABConfig]):
         wrong_B = clean_BC.argmax(1) != label_B
         found_BCHW, zero_grad_B = image_BCHW.clone(), torch.zeros_like(wrong_B)
         targets_BK = likely_targets(clean_BC, label_B, self.config.target_classes)
-        for rank in range(targets_BK.shape[1] if self.threat().eps else 0):
-            for restart in range(self.config.restarts):
-                left = (~wrong_B).nonzero().flatten()
-                if not len(left):
-                    break
-                start_BCHW = image_BCHW[left]
-                if restart:
-                    own_seeds = derived_seeds([seeds[row] for row in left.tolist()], "fab", rank, restart)
-                    start_BCHW = start_BCHW + self.threat().random_start(start_BCHW, own_seeds) / 2
-                found = self._walk(logits, image_BCHW[left], start_BCHW, label_B[left], targets_BK[left, rank])
-                found_BCHW[left], wrong_B[left] = found.image_BCHW, _known(found.success_B)
-                zero_grad_B[left] |= found.zero_grad_B
+        attempts = [*product(range(targets_BK.shape[1]), range(self.config.restarts))] if self.threat().eps else []
+        for group in in_groups(attempts, self.rows, lambda: int((~wrong_B).sum())):
+            left = (~wrong_B).nonzero().flatten()
+            clean_BCHW, left_seeds = image_BCHW[left], [seeds[row] for row in left.tolist()]
+            starts = [self._start(clean_BCHW, left_seeds, *attempt) for attempt in group]
+            rows = left.repeat(len(group))
+            ranks = torch.tensor([rank for rank, _ in group], device=left.device).repeat_interleave(len(left))
+            walked = self._walk(logits, image_BCHW[rows], torch.cat(starts), label_B[rows], targets_BK[rows, ranks])
+            found = first_success(walked, len(group))
+            found_BCHW[left], wrong_B[left] = found.image_BCHW, found.success_B
+            zero_grad_B[left] |= found.zero_grad_B
         return AttackResult(found_BCHW, zero_grad_B, wrong_B)
+
+    def _start(self, image_BCHW: Tensor, seeds: Sequence[int], rank: int, restart: int) -> Tensor:
+        if not restart:
+            return image_BCHW
+        own_seeds = derived_seeds(seeds, "fab", rank, restart)
+        return image_BCHW + self.threat().random_start(image_BCHW, own_seeds) / 2
 
     def _walk(
         self, logits: Logits, image_BCHW: Tensor, start_BCHW: Tensor, label_B: Tensor, target_B: Tensor
-    ) -> AttackResult:
-        """One target, one start."""
+    ) -> Ascended:
+        """From one start towards one target each. Nothing is gained without crossing, so the loss is the same for all."""
         config, threat = self.config, self.threat()
         found_BCHW = image_BCHW.clone()
         success_B = torch.zeros(len(image_BCHW), dtype=torch.bool, device=image_BCHW.device)
@@ -105,7 +113,7 @@ class FAB(BoundedAttack[FABConfig]):
             success_B[row_B] = done_B
             back = image + (stepped - image) * config.backward
             at_BCHW = torch.where(crossed_B.view(-1, 1, 1, 1), back, stepped)
-        return AttackResult(found_BCHW, zero_grad_B, success_B)
+        return Ascended(found_BCHW, torch.zeros_like(found_BCHW[:, 0, 0, 0]), success_B, zero_grad_B)
 
 
 def _towards(logits: Logits, at_BCHW: Tensor, label_B: Tensor, target_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,8 +148,3 @@ def to_plane(norm: Norm, at_BCHW: Tensor, normal_BCHW: Tensor, rise_B: Tensor) -
             break
     length = torch.minimum(lam if norm == "linf" else lam * slope, room)
     return (normal.sign() * length).view_as(at_BCHW)
-
-
-def _known(success_B: Tensor | None) -> Tensor:
-    assert success_B is not None
-    return success_B

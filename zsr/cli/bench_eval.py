@@ -20,6 +20,9 @@ def eval_(
     model: Annotated[
         str, typer.Option("--model", help="A run's folder, an exported folder or a model's name.")
     ] = "zsr:emoji-vit",
+    pretrained: Annotated[
+        str | None, typer.Option("--pretrained", help="open_clip's tag, for an architecture name; random for none.")
+    ] = None,
     data: Annotated[
         str, typer.Option("--data", help="The set that is attacked and classified.")
     ] = "zsr:emoji/test_style",
@@ -64,7 +67,7 @@ def eval_(
         torch.set_num_threads(threads)
     shorter = {"steps": 10, "target_classes": 2, "queries": 100} if quick else {}
     attack = AutoAttackConfig.model_validate({"eps": eps, **shorter})
-    clip, template = load_named(model, None, "fp32", device)
+    clip, template = load_named(model, pretrained, "fp32", device)
     clip.eval()
     shards = ShardSet(data)
     head = ZeroShotHead(clip, TextBank(clip), shards.classes, [template or shards.templates[0]])

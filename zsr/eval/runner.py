@@ -180,6 +180,7 @@ def run_attack(
     attacked = np.isin(ids, standing)
     blind: set[int] = set()
     for stage, part in enumerate(attack.parts):
+        part.rows = batch_size
         lines = [line for line in ledger.lines if line.stage == stage]
         done = {sample for line in lines for sample in line.ids}
         requests = [
