@@ -160,7 +160,10 @@ class ImageTower(nn.Module):
             x_BLE = class_token_of(visual.transformer, x_BLE)
         else:
             x_BLE = visual.transformer(x_BLE)
-        raw_BD = self._project(visual._pool(x_BLE)[0])
+        pooled_BE = visual._pool(x_BLE)[0]
+        # In float32 as well, for little: rounded embeddings hide from a search without gradients what a small step gains.
+        with torch.autocast(input_BCHW.device.type, enabled=False):
+            raw_BD = self._project(pooled_BE.float() if self.precision == "bf16" else pooled_BE)
         if not tokens:
             return raw_BD, None, None
         # The final norm works on each token by itself, so before or after pooling is the same for a single one.
