@@ -29,7 +29,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$PWD/$run/ray-token"
 [[ -s $RAY_AUTH_TOKEN_PATH ]] || python -c 'import secrets; print(secrets.token_hex(32))' >"$RAY_AUTH_TOKEN_PATH"
 
 # Own ports and temporary folder, so that two jobs may share a head's machine. Short: Ray's sockets bound the path's length.
-export RAY_USAGE_STATS_ENABLED=0 SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun no longer takes that from sbatch
+export RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0 SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun no longer takes that from sbatch
 port=$((20000 + SLURM_JOB_ID % 10000))
 dashboard=$((30000 + SLURM_JOB_ID % 10000))
 client=$((40000 + SLURM_JOB_ID % 10000))

@@ -50,6 +50,9 @@ def attach(worker_output: bool = True) -> Capacity:
             sweep would fill the cluster with dead trials and wait for ever.
     """
     quiet_environment()
+    # For a cluster that is started here: Ray would give its workers the lowest priority, below its own helpers on the same
+    # cores, which was 5 % of a step (zsr bench ray).
+    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
     context = ray.init(
