@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from zsr.bench.compare import Spread
 from zsr.bench.ray_share import summarise
 from zsr.bench.turns import Turns
 
@@ -22,7 +23,8 @@ def test_rounds_are_compared_with_themselves_and_the_first_does_not_count() -> N
             "bare": [block(0, 9.0), block(1, 1.0, 0.5), block(2, 1.0, 0.5), block(3, 2.0, 0.5)],
             "ray-1": [block(0, 1.0), block(1, 1.01, 0.51), block(2, 1.01, 0.51), block(3, 2.02, 0.51)],
             "ray-2": [block(0, 1.0)] + [block(n, w, 0.6, w / 10) for n, w in ((1, 1.2625), (2, 1.2625), (3, 2.525))],
-        }
+        },
+        Spread.of([0.9]),
     )
     assert found.share.median == pytest.approx(0.01)
     assert found.cpu_share.median == pytest.approx(0.02)

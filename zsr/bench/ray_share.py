@@ -36,6 +36,7 @@ class RayShare:
         scaling: images a second of two workers over twice those of one.
         averaging: part of ray-2's step that is spent averaging gradients, waiting for the other worker included.
         slower: how much longer ray-2's step is without that, against ray-1's: what two workers take from each other.
+        cores: two processes that only multiply matrices, over twice one of them: what the machine leaves of a second core.
     """
 
     step_s: dict[str, Spread]
@@ -45,6 +46,7 @@ class RayShare:
     scaling: Spread
     averaging: Spread
     slower: Spread
+    cores: Spread
 
     @property
     def share_reached(self) -> bool:
@@ -85,10 +87,32 @@ def measure(rounds: int, block: int, batch_size: int, overrides: Sequence[str] =
         finally:
             bare.kill()
             bare.wait()
-        return summarise({name: _blocks(Path(folder, f"{name}.jsonl")) for name in turns.names})
+        return summarise({name: _blocks(Path(folder, f"{name}.jsonl")) for name in turns.names}, two_cores())
 
 
-def summarise(blocks: dict[str, list[dict[str, float]]]) -> RayShare:
+_MULTIPLY = """
+import time, torch
+torch.set_num_threads(1)
+matrix, done, end = torch.rand(1024, 1024), 0, time.perf_counter() + 2
+while time.perf_counter() < end:
+    matrix @ matrix
+    done += 1
+print(done)
+"""
+
+
+def two_cores(rounds: int = 3) -> Spread:
+    """Matrix products of two processes at once, over twice those of one alone, in turns. Virtual cores often share one."""
+    command = [sys.executable, "-c", _MULTIPLY]
+
+    def products(num: int) -> int:
+        processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(num)]
+        return sum(int(process.communicate()[0]) for process in processes)
+
+    return Spread.of([products(2) / (2 * products(1)) for _ in range(rounds)])
+
+
+def summarise(blocks: dict[str, list[dict[str, float]]], cores: Spread) -> RayShare:
     """From the notes of the three, by round, to what is to be known. The first round is for warming up."""
     bare, one, two = (blocks[name][1:] for name in (BARE, ONE, TWO))
     return RayShare(
@@ -101,6 +125,7 @@ def summarise(blocks: dict[str, list[dict[str, float]]]) -> RayShare:
         ),  # each of the two does a whole step's images
         averaging=Spread.of([block["averaging"] / block["wall"] for block in two]),
         slower=Spread.of([(b["wall"] - b["averaging"]) / a["wall"] - 1 for a, b in zip(one, two)]),
+        cores=cores,
     )
 
 

@@ -50,6 +50,7 @@ def ray(
         typer.echo(f"two workers against twice one: {shown(found.scaling)}, bar {SCALING_BAR:g}")
         typer.echo(f"  of their step, averaging gradients (and waiting for the other): {shown(found.averaging, 100)} %")
         typer.echo(f"  the rest of it against one worker's step: {shown(found.slower, 100)} % longer")
+        typer.echo(f"  two processes that only multiply matrices, against twice one: {shown(found.cores)}")
         if short:
             typer.echo(f"note: the bar holds for steps of {SHORTEST_STEP_S} s or more; raise --batch-size", err=True)
     missed = [
