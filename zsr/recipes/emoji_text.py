@@ -118,5 +118,6 @@ def distil_text(
                 f"stage=text step={step} loss={mean:.4f} elapsed={time.monotonic() - start:.0f}s of {seconds:.0f}s",
                 flush=True,
             )
+    print(f"stage=text done step={step} loss={losses[-1]:.4f}", flush=True)
     model.token_embedding = model.token_embedding.expand(full_rows)
     return token_ids
