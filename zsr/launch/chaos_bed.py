@@ -224,7 +224,9 @@ class Bed:
     def _has(self, node: str, words: str) -> int | None:
         """The process of a node whose command line has ``words``."""
         pids = ",".join(map(str, self._family(node)))
-        listed = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "-p", pids or "0"], capture_output=True, text=True).stdout
+        listed = subprocess.run(
+            ["ps", "-ww", "-o", "pid=,args=", "-p", pids or "0"], capture_output=True, text=True
+        ).stdout
         return next((int(line.split()[0]) for line in listed.splitlines() if words in line), None)
 
     def _family(self, name: str) -> list[int]:

@@ -160,10 +160,7 @@ class ImageTower(nn.Module):
             x_BLE = class_token_of(visual.transformer, x_BLE)
         else:
             x_BLE = visual.transformer(x_BLE)
-        pooled_BE = visual._pool(x_BLE)[0]
-        # In float32 as well, for little: rounded embeddings hide from a search without gradients what a small step gains.
-        with torch.autocast(input_BCHW.device.type, enabled=False):
-            raw_BD = self._project(pooled_BE.float() if self.precision == "bf16" else pooled_BE)
+        raw_BD = self._project(visual._pool(x_BLE)[0])
         if not tokens:
             return raw_BD, None, None
         # The final norm works on each token by itself, so before or after pooling is the same for a single one.
@@ -185,8 +182,12 @@ class ImageTower(nn.Module):
         return self.visual(input_BCHW), None, None
 
     def _project(self, x: Tensor) -> Tensor:
+        """In float32 as well, for little: rounded embeddings hide from a search without gradients what a small step gains."""
         proj = cast(Any, self.visual).proj
-        return x if proj is None else x @ proj
+        if proj is None:
+            return x
+        with torch.autocast(x.device.type, enabled=False):
+            return x.to(proj.dtype) @ proj
 
 
 @contextmanager
