@@ -14,6 +14,7 @@ import torch
 from eval_bench import SEED, cascade, make_scene, plain, run_cascade
 from shard_factory import make_shards
 
+from zsr.attacks.adaptive import Adaptive, AdaptiveConfig
 from zsr.attacks.apgd import APGD, APGDConfig
 from zsr.attacks.base import input_gradients_only
 from zsr.attacks.checks import judge
@@ -21,6 +22,7 @@ from zsr.attacks.noise import sample_seeds
 from zsr.attacks.pgd import PGD, PGDConfig
 from zsr.data.shards import ShardSet
 from zsr.eval import measure
+from zsr.eval.defended import DefendedCLIP
 from zsr.eval.images import Images
 from zsr.eval.ledger import CLEAN, Ledger, Line
 from zsr.eval.measure import bf16_finding
@@ -28,7 +30,7 @@ from zsr.eval.plan import Job
 from zsr.eval.runner import Clean, Moment, Verdicts, classify_clean, run_attack, survivors
 from zsr.eval.scene import Request, Scene
 from zsr.eval.shares import share_of
-from zsr.eval.target import Served, Target, enlarge
+from zsr.eval.target import Served, Target, adaptive_target, enlarge
 from zsr.models import in_precision
 
 torch.set_num_threads(1)
@@ -218,8 +220,9 @@ def test_a_bf16_run_says_what_float32_thinks_of_it():
     for fell, level in ((0, "ok"), (1, "warn"), (2, "fail")):
         finding = bf16_finding(lines, 10, fell)
         assert (finding.level, finding.value) == (level, fell / 10)
-        assert finding.sentence.startswith(
-            f"of 10 survivors attacked again in float32 {fell} fell; of the 2 that fell, 2 "
+        assert finding.sentence == (
+            f"of 10 survivors attacked again in float32 {fell} fell; 2 fell to the attack itself, which took float32 for 2 "
+            "samples, given up too early in bfloat16"
         )
 
 
@@ -264,3 +267,19 @@ def test_what_bfloat16_gives_up_too_early_is_attacked_again_in_float32(emoji):
     assert redone == 6
     assert found.success_B.tolist() == expected.success_B.tolist()
     torch.testing.assert_close(found.image_BCHW, expected.image_BCHW)
+
+
+def test_a_success_over_a_defence_is_not_measured_by_the_bare_classifier(emoji):
+    head = emoji.target.seen.head
+    target = adaptive_target(head, DefendedCLIP(head.model, "ttc"), head.model.image_size)
+    scene = Scene(emoji.images, target, emoji.class_names, device="cpu")
+    batch = emoji.images.batch(emoji.images.ids.tolist()[:6])
+    image_BCHW, seeds = batch.image.float() / 255, sample_seeds(batch.key, "eval", 0)
+    label_B = (batch.label + 1) % len(emoji.class_names)  # wrong everywhere: each draw is a success from the start
+    attack = Adaptive(AdaptiveConfig(eps="1/255", steps=1, eot=1))
+    with scene.still(), in_precision("bf16", [head.model.image]):
+        found, redone = scene.attack(attack, image_BCHW, batch.label, seeds)
+        own = target.attack(attack, image_BCHW, batch.label, seeds)
+        fooled, _ = scene.attack(attack, image_BCHW, label_B, seeds)
+    assert redone == 0 and found.success_B.tolist() == own.success_B.tolist()
+    assert fooled.success_B.all()

@@ -238,8 +238,8 @@ def bf16_finding(lines: Sequence[Line], num_again: int, fell: int) -> Finding:
     """
     redone, broken = sum(line.redone for line in lines), sum(sum(line.success) for line in lines)
     sentence = (
-        f"of {num_again} survivors attacked again in float32 {fell} fell; of the {broken} that fell, {redone} first had an "
-        "image that bfloat16 alone has wrong, and were attacked again"
+        f"of {num_again} survivors attacked again in float32 {fell} fell; {broken} fell to the attack itself, which took "
+        f"float32 for {redone} samples, given up too early in bfloat16"
     )
     level: Any = "ok" if not fell else "warn" if fell <= 0.1 * num_again else "fail"
     return Finding(id="bf16-verdicts", level=level, sentence=sentence, value=fell / max(num_again, 1))

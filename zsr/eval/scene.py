@@ -159,6 +159,10 @@ class Scene:
         found, towers = self.target.attack(attack, image_BCHW, label_B, seeds), self.target.towers
         if found.success_B is None or self.target.seen.head.model.image.precision == "fp32":
             return found, 0
+        if (
+            self.target.surrogate is not None
+        ):  # its success is over the defence, of which the classifier seen says nothing
+            return found, 0
         with in_precision("fp32", towers), torch.no_grad():
             wrong_B = self.target.fooled(found.image_BCHW, label_B)
         again = (found.success_B & ~wrong_B).nonzero().flatten()
