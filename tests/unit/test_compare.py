@@ -24,7 +24,12 @@ def comparison(small_shards: Path) -> Comparison:
         name="both",
         preset="demo",
         objectives={"tecoa": (("optim.lr=1e-3",), ("optim.lr=1e-6",)), "clean": (("optim.lr=1e-3",),)},
-        measure=Measure((str(small_shards),), ("1/255", "4/255"), attacks, defence={"name": "ttc"}, num_samples=12),
+        measures=(
+            Measure(
+                "robustness", (str(small_shards),), ("1/255", "4/255"), attacks, defence={"name": "ttc"}, num_samples=12
+            ),
+            Measure("apgd", (str(small_shards),), ("4/255",), {"APGD": attacks["APGD"]}, num_samples=6, num_seeds=1),
+        ),
         search_settings=("train.max_steps=1",),
         seeds=(0, 1),
     )
@@ -56,10 +61,11 @@ def test_it_searches_trains_and_measures_and_does_nothing_twice(comparison, tree
     store, config = Store(str(tmp_path / "both")), validate(tree)
     first = Here()
     outcome = Compare(comparison, tree, store, first).run()
-    assert [kind for kind, _ in first.ran] == ["search"] * 3 + ["train"] * 4 + ["measure"] * 5
+    assert [kind for kind, _ in first.ran] == ["search"] * 3 + ["train"] * 4 + ["robustness"] * 5 + ["apgd"] * 3
     assert set(outcome.runs) == {UNTOUCHED, "tecoa", "clean"} and not outcome.failed
     assert [run["seed"] for run in outcome.runs["tecoa"]] == [0, 1]
-    (measured,) = outcome.runs["tecoa"][0]["measured"].values()
+    assert [list(run["measured"]) for run in outcome.runs["tecoa"]] == [["robustness", "apgd"], ["robustness"]]
+    (measured,) = outcome.runs["tecoa"][0]["measured"]["robustness"].values()
     assert measured["samples"] == 12 and set(measured["robust"]) == {
         "PGD 1/255",
         "PGD 4/255",
@@ -81,9 +87,15 @@ def test_it_searches_trains_and_measures_and_does_nothing_twice(comparison, tree
     assert Compare(comparison, tree, store, again).run().runs == outcome.runs
     assert again.ran == []
     # Another attack is measured anew; nothing is trained again.
-    stronger = dataclasses.replace(comparison.measure, eps=("2/255",))
-    Compare(dataclasses.replace(comparison, measure=stronger), tree, store, again).run()
-    assert {kind for kind, _ in again.ran} == {"measure"}
+    first, second = comparison.measures
+    stronger = dataclasses.replace(first, eps=("2/255",))
+    Compare(dataclasses.replace(comparison, measures=(stronger, second)), tree, store, again).run()
+    assert {kind for kind, _ in again.ran} == {"robustness"}
+    # Another seed is measured beside those that are done.
+    more = Here()
+    wider = dataclasses.replace(second, num_seeds=2)
+    Compare(dataclasses.replace(comparison, measures=(first, wider)), tree, store, more).run()
+    assert more.ran == [("apgd", "tecoa-seed1"), ("apgd", "clean-seed1")]
 
 
 def test_a_job_is_known_by_the_settings_that_are_not_defaults(comparison, tree, tmp_path):
@@ -91,9 +103,13 @@ def test_a_job_is_known_by_the_settings_that_are_not_defaults(comparison, tree, 
     written = validate(
         tree
     ).model_dump()  # with every setting; ``tree`` is what a version that has fewer would have written
-    old, new = (Compare(comparison, one, store, Here())._measure("tecoa", None, one) for one in (tree, written))
+    measure = comparison.measures[0]
+    old, new = (
+        Compare(comparison, one, store, Here())._measure(measure, "tecoa", None, one) for one in (tree, written)
+    )
     assert old.arguments != new.arguments and old.id == new.id
-    other = Compare(comparison, tree, store, Here())._measure("tecoa", None, apply_overrides(tree, ["seed=7"]))
+    seventh = apply_overrides(tree, ["seed=7"])
+    other = Compare(comparison, tree, store, Here())._measure(measure, "tecoa", None, seventh)
     assert other.id != new.id
 
 
@@ -104,7 +120,7 @@ def test_a_failed_job_is_named_and_tried_again_next_time(comparison, tree, tmp_p
     assert [run["seed"] for run in outcome.runs["tecoa"]] == [0]
     again = Here()
     assert not Compare(comparison, tree, store, again).run().failed
-    assert again.ran == [("train", "tecoa-seed1"), ("measure", "tecoa-seed1")]
+    assert again.ran == [("train", "tecoa-seed1"), ("robustness", "tecoa-seed1")]
 
 
 def test_a_candidate_is_chosen_by_clean_and_robust_accuracy_unless_it_is_flagged():
@@ -117,12 +133,12 @@ def test_a_candidate_is_chosen_by_clean_and_robust_accuracy_unless_it_is_flagged
 
 
 def test_checks_see_what_cannot_be():
-    measure = Measure(("set",), ("1", "2"), {"weak": {}, "strong": {}})
+    measure = Measure("robustness", ("set",), ("1", "2"), {"weak": {}, "strong": {}})
 
     def found(weak, strong, blind=0.0):
         robust = {**dict(zip(measure.columns("weak"), weak)), **dict(zip(measure.columns("strong"), strong))}
         measured = {"samples": 100, "clean": 0.5, "robust": robust, "zero_grad_frac": {"weak 1": blind}}
-        return checks({"flags": [], "measured": {"set": measured}}, measure)
+        return checks({"flags": [], "measured": {"robustness": {"set": measured}}}, [measure])
 
     assert found([0.4, 0.3], [0.4, 0.2]) == [] == found([0.3, 0.31], [0.31, 0.2])  # one image more is noise
     assert found([0.3, 0.35], [0.3, 0.2]) == ["set: weak does less harm with a larger budget"]
@@ -137,13 +153,14 @@ def test_checks_repeat_what_the_measurement_found_without_and_with_the_defence()
     early = {"id": "stops-early", "level": "warn", "sentence": "apgd stops", "value": None}
     numbers = {"samples": 100, "clean": 0.5, "robust": {"weak 1": 0.3}, "zero_grad_frac": {}}
     measured = {**numbers, "findings": [masked, again], "defended": {**numbers, "findings": [early]}}
-    run = {"flags": [], "measured": {"set": measured}}
-    said = checks(run, Measure(("set",), ("1",), {"weak": {}}))
+    run = {"flags": [], "measured": {"robustness": {"set": measured}}}
+    said = checks(run, [Measure("robustness", ("set",), ("1",), {"weak": {}})])
     assert said == ["set: fail zero-gradients", "set, defended: warn stops-early"]
 
 
 def test_mean_and_spread_over_seeds(comparison):
-    columns = [column for attack in ("PGD", "APGD") for column in comparison.measure.columns(attack)]
+    first, second = comparison.measures
+    columns = [column for attack in ("PGD", "APGD") for column in first.columns(attack)]
 
     def run(seed, clean):
         numbers = {
@@ -152,14 +169,18 @@ def test_mean_and_spread_over_seeds(comparison):
             "clean": clean,
             "robust": dict.fromkeys(columns, 0.0),
         }
-        measured = {comparison.measure.sets[0]: {**numbers, "zero_grad_frac": {}, "defended": numbers}}
+        withstood = {**numbers, "zero_grad_frac": {}, "defended": numbers}
+        withstood["robust"] = {**numbers["robust"], "PGD 1/255": 0.25, "APGD 1/255": 1 / 6}
+        measured = {"robustness": {first.sets[0]: withstood}}
         return {"seed": seed, "measured": measured, "flags": [], "train_s": 2.0, "units": 3}
 
     from zsr.launch.compare_waves import Outcome
 
     outcome = Outcome({"clean": ("optim.lr=1e-3",)}, {"clean": [run(0, 0.5), run(1, 0.6)]})
     text = tables(outcome, comparison)
-    assert "| clean | 55.0 ± 7.1 | 0.0 ± 0.0 |" in text  # 7.07 = 10 / sqrt(2)
+    assert "| clean | 55.0 ± 7.1 | 25.0 ± 0.0 | 0.0 ± 0.0 |" in text  # 7.07 = 10 / sqrt(2)
+    assert "samples that withstand: PGD 6, APGD 4." in text  # 3 and 2 of 12 samples, for each seed
+    assert f"{second.sets[0]}: apgd\n\nNothing was measured." in text
     assert "| clean | optim.lr=1e-3 | 3 | 2 | 2 | none raised |" in text
     assert "| tecoa | no run to be believed" in text
 
@@ -190,11 +211,11 @@ def test_mistakes_get_a_sentence(comparison, arguments, sentence, capsys):
 def test_a_dry_run_starts_nothing(comparison, tmp_path, capsys):
     assert main(comparison, ["--dry-run", f"launch.storage={tmp_path / 'none'}", "--seeds", "1"]) == 0
     out = capsys.readouterr().out
-    assert "jobs=8" in out and "dry_run=done" in out and not (tmp_path / "none").exists()
+    assert "jobs=11" in out and "dry_run=done" in out and not (tmp_path / "none").exists()
 
 
 def test_options_of_the_command_line_change_what_is_compared(comparison):
     asked = parse(comparison, ["--objectives", "clean", "--num-samples", "5", "--name", "other"])
     settled, config, _ = _settle(comparison, asked)
-    assert list(settled.objectives) == ["clean"] and settled.measure.num_samples == 5
+    assert list(settled.objectives) == ["clean"] and [one.num_samples for one in settled.measures] == [5, 5]
     assert config.name == settled.name == config.tracking.experiment == "other"

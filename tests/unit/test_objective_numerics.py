@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+import torch.nn.functional as F
 from formula import Bench, Matrix, assert_close, dot, slopes, softmax, unit_rows
 from torch import Tensor
 
@@ -223,7 +224,7 @@ def test_tima_equals_its_formula_in_value_and_gradient(settings):
 AAAI26_DEFAULTS = TIMA_DEFAULTS | {
     "variant": "aaai26",
     "weight_sc": 6.0,
-    "sc_form": "affine",
+    "sc_form": "correlation",
     "margin_text": "current",
     "margin_shape": "identity",
 }
@@ -304,6 +305,38 @@ def test_consistency_lets_the_mean_fall_and_differences_shrink_but_not_the_order
     assert consistency_of(swapped, text0, form)[0] > 0.01
 
 
+def test_classes_that_are_all_equally_far_apart_have_lost_their_order_and_only_the_correlation_says_so():
+    simplex = [[float(i == j) - 1 / C for j in range(C)] for i in range(C)]  # what the energy alone wants
+    text = [[x / math.sqrt(dot(row, row)) for x in row] for row in simplex]
+    text0 = unit_rows(C, C, 3)
+    nearly = [mixed(row, old) for row, old in zip(text, text0, strict=True)]
+    assert consistency_of(text, text0, "affine")[0] == pytest.approx(0, abs=1e-12)
+    assert consistency_of(text, text0, "correlation")[0] == pytest.approx(1, abs=1e-3)
+    assert 0 < consistency_of(nearly, text0, "correlation")[0] < 1  # and there is a way back
+
+
+@pytest.mark.parametrize(("weight", "kept"), [(0.0, False), (10.0, True)])
+def test_the_published_versions_default_keeps_the_order_of_similarities_while_the_energy_falls(weight, kept):
+    torch.manual_seed(0)
+    pairs = ~torch.eye(12, dtype=torch.bool)
+    text0 = F.normalize(torch.randn(12, 24) + 1.0, dim=1)  # a cone, as prompts lie in one
+    original, config = centred_similarity(text0, pairs), OBJECTIVES.config_class("tima")(variant="aaai26")
+    assert config.weight_sc == 10.0
+    projection = torch.eye(24).requires_grad_()
+    optimizer = torch.optim.Adam([projection], lr=1e-2)
+    energies = []
+    for _ in range(300):
+        text = F.normalize(text0 @ projection, dim=1)
+        energies.append(hyperspherical_energy(text, pairs, config.mhe_form, config.mhe_power))
+        optimizer.zero_grad()
+        (energies[-1] + weight * semantic_consistency(text, original, pairs, config.sc_form)).backward()
+        optimizer.step()
+    upper = torch.triu(pairs, 1)
+    ranks = [(values @ values.T)[upper].argsort().argsort().double() for values in (text0, text.detach())]
+    assert energies[-1] < 0.8 * energies[0]
+    assert (torch.corrcoef(torch.stack(ranks))[0, 1].item() > 0.9) is kept
+
+
 def test_reversed_similarities_are_no_agreement():
     # Three classes: similarities x12, x13, x23 in the plane, and text whose similarities fall where the old ones rise.
     plane = [[math.cos(a), math.sin(a)] for a in (0.0, 0.3, 1.2)]  # closest: 1-2
@@ -339,7 +372,7 @@ def test_the_margin_of_the_preprint_is_made_once_and_the_published_one_follows_t
 
 
 @pytest.mark.parametrize(
-    "setting", [{"weight_sc": 2.0}, {"sc_form": "correlation"}, {"margin_text": "original"}, {"margin_shape": "sqrt"}]
+    "setting", [{"weight_sc": 2.0}, {"sc_form": "affine"}, {"margin_text": "original"}, {"margin_shape": "sqrt"}]
 )
 def test_the_preprints_variant_refuses_settings_of_the_published_one(setting):
     ((name, value),) = setting.items()
@@ -395,7 +428,7 @@ def test_the_energy_stays_finite_in_float32_where_classes_nearly_coincide(power)
         {},
         {"takd_view": "clean", "mhe_form": "riesz", "temperature": 3.0},
         {"variant": "aaai26"},
-        {"variant": "aaai26", "margin_shape": "sqrt", "sc_form": "correlation"},
+        {"variant": "aaai26", "margin_shape": "sqrt", "sc_form": "affine"},
     ],
 )
 def test_tima_without_its_extra_terms_is_tecoa_to_the_last_bit(sign, options):

@@ -83,8 +83,7 @@ def load_named(name: str, pretrained: str | None, precision: Precision, device: 
     elif folder.is_dir() or (":" not in name and len(folder.parts) > 1):  # a path, not "ViT-B-32" or "zsr:emoji-vit"
         checkpoint = find_checkpoint(folder)
         typer.echo(f"model={checkpoint}", err=True)
-        model, config = load_trained(checkpoint, device)
-        model.image.precision = precision
+        model, config = load_trained(checkpoint, device, precision)
         if model.image.columns is not None:
             typer.echo(
                 f"note: model.attention_drop={model.image.columns.share:g} makes this model random; robust accuracy from "

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import zsr
 from zsr.config import RunConfig, validate
+from zsr.config.schema import Precision
 from zsr.data.plan import Position
 from zsr.models import RobustCLIP, load_model
 
@@ -134,15 +135,20 @@ def load_checkpoint(folder: Path, model: RobustCLIP, optimizer: torch.optim.Opti
     )
 
 
-def load_trained(folder: Path, device: str | torch.device = "cpu") -> tuple[RobustCLIP, RunConfig]:
+def load_trained(
+    folder: Path, device: str | torch.device = "cpu", precision: Precision = "fp32"
+) -> tuple[RobustCLIP, RunConfig]:
     """The model of a checkpoint, ready to evaluate or export, and the settings it was trained with.
+
+    Args:
+        precision: of its passes from now on; that of its training says nothing about how it should be measured.
 
     Raises:
         ValueError: not a checkpoint, a torn one, or its base model cannot be loaded.
     """
     content = read_state(folder)
     config = validate(content["config"])
-    model = load_model(config.model, config.train.precision, device)
+    model = load_model(config.model, precision, device)
     model.load_trained_state(load_file(folder / MODEL, device=str(device)))
     model.eval()
     return model, config

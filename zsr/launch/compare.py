@@ -123,16 +123,16 @@ def _settle(comparison: Comparison, asked: argparse.Namespace) -> tuple[Comparis
     for name, options in objectives.items():
         for settings in options:
             validate(apply_overrides(tree, [f"objective={objective_of(name)}", *settings, *comparison.search_settings]))
-    measure = comparison.measure
+    measures = comparison.measures
     if asked.num_samples is not None:
-        measure = dataclasses.replace(measure, num_samples=asked.num_samples)
+        measures = tuple(dataclasses.replace(measure, num_samples=asked.num_samples) for measure in measures)
     return (
         dataclasses.replace(
             comparison,
             name=asked.name,
             preset=asked.preset,
             objectives=objectives,
-            measure=measure,
+            measures=measures,
             seeds=comparison.seeds if asked.seeds is None else tuple(range(asked.seeds)),
         ),
         config,

@@ -6,8 +6,9 @@ import contextlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from zsr.attacks.checks import ZERO_GRAD_LIMIT
@@ -59,29 +60,45 @@ def insert(report: Path, text: str) -> None:
 
 def tables(outcome: Outcome, comparison: Comparison) -> str:
     """Every table, in Markdown: accuracies on each test set, bare and defended, then settings, cost and checks."""
-    measure = comparison.measure
     parts = []
-    for address in measure.sets:
-        example = next(iter(outcome.runs.values()))[0]["measured"][address]
-        parts.append(
-            f"### {address}: {example['samples']} images, chance {100 * example['chance']:.1f} %\n\n"
-            "Accuracy in %, mean and standard deviation over seeds; attacks: "
-            + "; ".join(f"{label} is {_words(settings)}" for label, settings in measure.attacks.items())
-            + ".\n"
-        )
-        parts.append(_accuracies(outcome, address, measure, lambda found: found))
-        if measure.defence is not None:
-            parts.append(f"\nThe same images with {_words(measure.defence)} on top; the attack does not know of it.\n")
-            parts.append(_accuracies(outcome, address, measure, lambda found: found["defended"]))
-        parts.append("")
+    for measure in comparison.measures:
+        for address in measure.sets:
+            parts += _section(outcome, measure, address, len(comparison.seeds))
     parts += ["### Settings, cost and checks\n", _costs(outcome, comparison)]
     return "\n".join(parts)
 
 
-def checks(run: Mapping[str, Any], measure: Measure) -> list[str]:
+def _section(outcome: Outcome, measure: Measure, address: str, num_seeds: int) -> list[str]:
+    rows = _found(outcome, measure, address)
+    if not rows:
+        return [f"### {address}: {measure.name}\n\nNothing was measured.\n"]
+    example = next(iter(rows.values()))[0]
+    over = min(num_seeds, measure.num_seeds or num_seeds)
+    attacks = "; ".join(f"{label} is {_words(settings)}" for label, settings in measure.attacks.items())
+    parts = [
+        f"### {address}: {measure.name}, {example['samples']} images, chance {100 * example['chance']:.1f} %\n",
+        f"Accuracy in %{', mean and standard deviation over seeds' if over > 1 else ', of one seed'}; attacks: {attacks}.\n",
+        _accuracies(rows, measure),
+    ]
+    if len(measure.attacks) > 1:
+        parts.append(f"\nAll rows and budgets together, samples that withstand: {_withstand(rows, measure)}.")
+    if measure.defence is not None:
+        parts.append(f"\nThe same images with {_words(measure.defence)} on top; the attack does not know of it.\n")
+        parts.append(_accuracies({name: [one["defended"] for one in found] for name, found in rows.items()}, measure))
+    return [*parts, ""]
+
+
+def checks(run: Mapping[str, Any], measures: Sequence[Measure]) -> list[str]:
     """Reasons not to believe a measured run's robust accuracies."""
     found = list(run["flags"])
-    for address, measured in run["measured"].items():
+    for measure in measures:
+        found += _checks(run["measured"].get(measure.name, {}), measure)
+    return list(dict.fromkeys(found))
+
+
+def _checks(sets: Mapping[str, Any], measure: Measure) -> list[str]:
+    found = []
+    for address, measured in sets.items():
         robust = measured["robust"]
         slack = 1.0 / measured["samples"]  # one image
         for attack in measure.attacks:
@@ -107,15 +124,16 @@ def checks(run: Mapping[str, Any], measure: Measure) -> list[str]:
 def draw(outcome: Outcome, comparison: Comparison, path: Path) -> Path:
     """Clean against robust accuracy under the last attack at the largest budget but one: a point for each objective, a
     panel for each set."""
-    columns = comparison.measure.columns(list(comparison.measure.attacks)[-1])
+    measure = comparison.measures[0]
+    columns = measure.columns(list(measure.attacks)[-1])
     column = columns[-2 if len(columns) > 1 else -1]
-    sets = comparison.measure.sets
+    sets = measure.sets
     figure, axes = new_figure(columns=len(sets))
     panels = list(axes) if len(sets) > 1 else [axes]
     for panel, address in zip(panels, sets, strict=True):
-        for number, (name, runs) in enumerate(outcome.runs.items()):
-            clean = [100 * run["measured"][address]["clean"] for run in runs]
-            robust = [100 * run["measured"][address]["robust"][column] for run in runs]
+        for number, (name, found) in enumerate(_found(outcome, measure, address).items()):
+            clean = [100 * one["clean"] for one in found]
+            robust = [100 * one["robust"][column] for one in found]
             # Methods lie on top of each other: bars of a standard deviation say so better than names on the points would.
             panel.errorbar(
                 _mean(clean), _mean(robust), _spread(robust), _spread(clean), "osD^vP"[number // 10], ms=5, lw=0.5,
@@ -129,13 +147,30 @@ def draw(outcome: Outcome, comparison: Comparison, path: Path) -> Path:
     return path
 
 
-def _accuracies(
-    outcome: Outcome, address: str, measure: Measure, pick: Callable[[Mapping[str, Any]], Mapping[str, Any]]
-) -> str:
+def _found(outcome: Outcome, measure: Measure, address: str) -> dict[str, list[Mapping[str, Any]]]:
+    """What a measure found on a set, by objective, one for each seed that it took."""
+    found = {
+        name: [run["measured"][measure.name][address] for run in runs if measure.name in run["measured"]]
+        for name, runs in outcome.runs.items()
+    }
+    return {name: numbers for name, numbers in found.items() if numbers}
+
+
+def _withstand(rows: Mapping[str, Sequence[Mapping[str, Any]]], measure: Measure) -> str:
+    every = [one for found in rows.values() for one in found]
+    count = {
+        attack: sum(
+            round(one["samples"] * one["robust"][column]) for one in every for column in measure.columns(attack)
+        )
+        for attack in measure.attacks
+    }
+    return ", ".join(f"{attack} {number}" for attack, number in count.items())
+
+
+def _accuracies(found_by_objective: Mapping[str, Sequence[Mapping[str, Any]]], measure: Measure) -> str:
     columns = [column for attack in measure.attacks for column in measure.columns(attack)]
     rows = [["objective", "clean", *columns]]
-    for name, runs in outcome.runs.items():
-        found = [pick(run["measured"][address]) for run in runs]
+    for name, found in found_by_objective.items():
         rows.append(
             [
                 name,
@@ -149,12 +184,12 @@ def _accuracies(
 def _costs(outcome: Outcome, comparison: Comparison) -> str:
     rows = [["objective", "chosen settings", "passes a step", "training, s", "seeds", "checks"]]
     for name, runs in outcome.runs.items():
-        problems = sorted({problem for run in runs for problem in checks(run, comparison.measure)})
+        problems = sorted({problem for run in runs for problem in checks(run, comparison.measures)})
         if name == UNTOUCHED:
             rows.append([name, "", "0", "0", "1", "; ".join(problems) or "none raised"])
             continue
         chosen = outcome.chosen[name]
-        seconds = _mean([run["train_s"] for run in runs])
+        seconds = median(run["train_s"] for run in runs)  # one that was interrupted counts its wait
         rows.append(
             [
                 name,

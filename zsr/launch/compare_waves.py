@@ -22,20 +22,28 @@ class Measure:
     """How the trained models are measured.
 
     Attributes:
+        name: of the wave of jobs, and what it measures: part of a table's title.
         sets: test sets, by address.
         eps: budgets, as text in pixel units.
         attacks: by label, from weak to strong, settings without eps; ``step_size_of_eps`` is a step in units of eps.
         defence: settings of a test-time defence to measure on top, or None.
         num_samples: of each set; 0 takes all.
+        num_seeds: how many of the comparison's seeds, the first ones; 0 takes all.
         seed: of the attack's random starts.
     """
 
+    name: str
     sets: tuple[str, ...]
     eps: tuple[str, ...]
     attacks: Mapping[str, Mapping[str, Any]]
     defence: Mapping[str, Any] | None = None
     num_samples: int = 0
+    num_seeds: int = 0
     seed: int = 0
+
+    def takes(self, number: int) -> bool:
+        """Whether the comparison's ``number``-th seed, from 0, is measured."""
+        return not self.num_seeds or number < self.num_seeds
 
     def columns(self, attack: str) -> list[str]:
         """Labels under which an attack's accuracies are kept, one for each budget."""
@@ -51,7 +59,7 @@ class Comparison:
         preset: settings that all runs share.
         objectives: for each objective the candidates of its search, as overrides; the same number for each is fair. An
             objective may be compared with itself under other settings: ``tima/aaai26`` is tima, shown under that name.
-        measure: of the trained models.
+        measures: of the trained models, the one that is drawn first.
         settings: overrides on top of the preset.
         search_settings: overrides for the search alone, such as fewer steps.
         seeds: of the final runs.
@@ -60,7 +68,7 @@ class Comparison:
     name: str
     preset: str
     objectives: Mapping[str, Sequence[tuple[str, ...]]]
-    measure: Measure
+    measures: tuple[Measure, ...]
     settings: tuple[str, ...] = ()
     search_settings: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -90,7 +98,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What a comparison found, by objective: the chosen settings, and for each seed its run and its measurement."""
+    """What a comparison found, by objective: the chosen settings, and for each seed its run and its measurements by name."""
 
     chosen: dict[str, tuple[str, ...]] = field(default_factory=dict)
     runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -142,23 +150,33 @@ class Compare:
             for name, settings in self.outcome.chosen.items()
         }
         trained = self._wave("train", list(finals.values()))
-        measures: dict[tuple[str, int], Job] = {(UNTOUCHED, 0): self._measure(UNTOUCHED, None, self.tree)}
+        runs: dict[tuple[str, int], dict[str, Any]] = {(UNTOUCHED, 0): {"seed": 0, "flags": [], "measured": {}}}
         for (name, seed), job in finals.items():
-            checkpoint = trained.get(job.id, {}).get("checkpoint")
-            if checkpoint is not None:
-                measures[name, seed] = self._measure(f"{name}-seed{seed}", checkpoint, job.arguments["tree"])
-        measured = self._wave("measure", list(measures.values()))
-        for (name, seed), job in measures.items():
-            if job.id in measured:
-                run = {"seed": seed, "measured": measured[job.id]["sets"], "flags": []}
-                if name != UNTOUCHED:
-                    result = trained[finals[name, seed].id]
-                    run |= {
-                        "units": finals[name, seed].units,
-                        "train_s": result["seconds"],
-                        "flags": result["flags"],
-                        "val": result["metrics"],
-                    }
+            result = trained.get(job.id, {})
+            if "checkpoint" in result:
+                runs[name, seed] = {
+                    "seed": seed,
+                    "units": job.units,
+                    "train_s": result["seconds"],
+                    "flags": result["flags"],
+                    "val": result["metrics"],
+                    "measured": {},
+                }
+        for measure in self.comparison.measures:
+            jobs = {}
+            for name, seed in runs:
+                if name == UNTOUCHED:
+                    jobs[name, seed] = self._measure(measure, UNTOUCHED, None, self.tree)
+                elif measure.takes(self.comparison.seeds.index(seed)):
+                    job = finals[name, seed]
+                    checkpoint = trained[job.id]["checkpoint"]
+                    jobs[name, seed] = self._measure(measure, f"{name}-seed{seed}", checkpoint, job.arguments["tree"])
+            found_now = self._wave(measure.name, list(jobs.values()))
+            for key, job in jobs.items():
+                if job.id in found_now:
+                    runs[key]["measured"][measure.name] = found_now[job.id]["sets"]
+        for (name, _), run in runs.items():
+            if run["measured"]:
                 self.outcome.runs.setdefault(name, []).append(run)
         return self.outcome
 
@@ -172,8 +190,10 @@ class Compare:
             ):
                 job = self._train("plan", name, name, [*options[0], *extra])
                 count, passes = count + times, passes + times * job.passes
-            count += len(self.comparison.seeds)
-        return count + 1, passes
+        for measure in self.comparison.measures:
+            seeds = sum(map(measure.takes, range(len(self.comparison.seeds))))
+            count += 1 + seeds * len(self.comparison.objectives)
+        return count, passes
 
     def _train(self, kind: str, title: str, objective: str, overrides: Sequence[str]) -> Job:
         title = title.replace("/", "-")
@@ -195,10 +215,12 @@ class Compare:
             units=units,
         )
 
-    def _measure(self, title: str, checkpoint: str | None, tree: Mapping[str, Any]) -> Job:
-        title = title.replace("/", "-")
-        arguments = {"checkpoint": checkpoint, "tree": tree, "measure": dataclasses.asdict(self.comparison.measure)}
-        return Job("measure", title, measure_job, arguments)
+    def _measure(self, measure: Measure, title: str, checkpoint: str | None, tree: Mapping[str, Any]) -> Job:
+        content = dataclasses.asdict(measure)
+        for where in ("name", "num_seeds"):  # say which models, not what is done with one
+            del content[where]
+        arguments = {"checkpoint": checkpoint, "tree": tree, "measure": content}
+        return Job(measure.name, title.replace("/", "-"), measure_job, arguments)
 
     def _wave(self, name: str, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
         """Results by job id: read where a job is done, run where it is not."""

@@ -7,7 +7,7 @@
              with m_yj = m_0 +- m_1 phi(d_yj), d_yj = 1 - <t_y, t_j> rescaled to [0, 1] over j != y
     L_TAKD = KL(softmax(s v_0(x) T / tau) || softmax(s v T / tau)) tau^2
     L_MHE  = mean over pairs i != j of h(|t_i - t_j|)
-    L_SC   = min over a >= 0, b of the mean over pairs i != j of (<t_i, t_j> - a <t0_i, t0_j> - b)^2
+    L_SC   = 1 - corr(<t_i, t_j>, <t0_i, t0_j>) over pairs i != j
     L_IAKD = KL(softmax(s v_0(x) T0 / tau) || softmax(s v_0(x) T / tau)) tau^2
 
 ``variant: v1`` is the preprint: the text-distance adaptive margin (TAM) takes d from the original text, once, phi is the
@@ -68,10 +68,11 @@ class TimaConfig(ObjectiveConfig):
     weight_mhe: Weight = 1.0
     weight_iakd: Weight = 1.0
     weight_sc: Weight = 10.0
-    """aaai26: of semantic consistency beside the energy, both times ``weight_mhe``. A squared cosine is a small number."""
-    sc_form: Literal["affine", "correlation"] = "affine"
-    """aaai26: residual of the best affine map of the original similarities, or 1 - their correlation, a smooth stand-in
-    for rank correlation that also asks for the pattern where all differences have shrunk."""
+    """aaai26: of semantic consistency beside the energy, both times ``weight_mhe``."""
+    sc_form: Literal["correlation", "affine"] = "correlation"
+    """aaai26: 1 - correlation with the original similarities, a smooth stand-in for rank correlation; or the residual of their
+    best affine map, min over a >= 0, b of the mean of (<t_i, t_j> - a <t0_i, t0_j> - b)^2. The latter vanishes at a = 0,
+    where all classes are equally similar, which is what the energy alone wants: by itself it does not keep the order."""
     margin_base: Weight = 0.0
     """m_0, a cosine added to every wrong class."""
     margin_scale: Weight = 0.05
