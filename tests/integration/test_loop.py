@@ -62,7 +62,7 @@ def final_files(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], 
 RESUMED = [(name, "", 1 + 2 * (number % 2)) for number, name in enumerate(OBJECTIVES.names())] + [
     ("tima", "", 3),
     ("tima", "model.adapt=token_prompt", 1),
-    ("tecoa", "model.adapt=pad_prompt model.prompt_pixels=3", 3),
+    ("tecoa", "model.adapt=prompts model.prompt_pixels=3", 3),
     ("regmix", "model.attention_cap=0.2 model.attention_drop=0.3", 1),
     ("tima", "model.expand_text=true", 3),
     ("tima", "objective.variant=aaai26 optim.name=sgd optim.text_lr_factor=0.1", 1),

@@ -120,7 +120,7 @@ def test_the_gradient_is_that_of_the_rotation_form():
         return math.fsum(dot(w, rotated_expansion(a, mu, widest)) for a, w in zip(rows, weight, strict=True))
 
     assert leaf.grad is not None
-    assert_close(leaf.grad.tolist(), slopes(total, text), 1e-8)
+    assert_close(leaf.grad.tolist(), slopes(total, text), 1e-9)
 
 
 def test_a_class_on_the_mean_stays_there_and_its_gradient_stretches_as_its_neighbours():

@@ -41,7 +41,7 @@ def test_names_are_kept_apart():
 
 
 # Objectives with one constant of a sample, and the passes of the frozen tower in a step without the cache.
-@pytest.mark.parametrize("name", ["tima", "tga_zsr", "comp_tga", "agft", "fare", "gsb", "regmix", "caw"])
+@pytest.mark.parametrize("name", ["tima", "tga_zsr", "comp_tga", "agft", "fare", "gsb", "regmix", "caw", "advcl"])
 def test_from_the_second_epoch_on_the_frozen_tower_rests_and_the_loss_is_the_same(tmp_path: Path, name):
     def step(cached: bool) -> tuple[TrainStep, list[int]]:
         settings = [f"model.name={write_tiny_clip(tmp_path / str(cached))}", f"objective={name}", "attack.eps=8/255"]
@@ -73,3 +73,16 @@ def test_from_the_second_epoch_on_the_frozen_tower_rests_and_the_loss_is_the_sam
     always = 1 if name == "caw" else 0  # its other frozen view, of the attacked image, is no constant
     assert len(plain_passes) == 3 * (1 + always)
     assert len(cached_passes) == 1 + 3 * always
+
+
+@pytest.mark.parametrize("fast_layers", ["true", "false"])
+@pytest.mark.parametrize("name", ["tga_zsr", "comp_tga"])
+def test_a_tower_that_has_not_moved_sees_what_the_frozen_one_sees_to_the_last_bit(tmp_path: Path, name, fast_layers):
+    settings = [f"model.name={write_tiny_clip(tmp_path)}", f"objective={name}", f"model.fast_layers={fast_layers}"]
+    config = load_config("default", settings)
+    model = load_model(config.model).train()
+    step = TrainStep(config, model, TextBank(model), ["cat", "dog", "boat"], ["a photo of a {}."])
+    image = torch.rand(6, 3, *(model.image_size,) * 2, generator=torch.Generator().manual_seed(0))
+    loss = step(image, torch.arange(6) % 3, sample_seeds(["a", "b", "c", "d", "e", "f"], "train", 0), 0.5).loss
+    assert loss.terms["amc"] == 0 < loss.terms["ar"]
+    assert torch.backends.mha.get_fastpath_enabled()  # as it was

@@ -30,6 +30,12 @@ from open_clip.transformer import VisionTransformer
 PROMPTS = {
     "pad_prompt": {"adapt": "pad_prompt", "prompt_pixels": 3},
     "token_prompt": {"adapt": "token_prompt", "prompt_tokens": 4},
+    "prompts": {"adapt": "prompts", "prompt_pixels": 3, "prompt_tokens": 4},
+}
+TRAINED = {
+    "pad_prompt": ["prompt.pad.border"],
+    "token_prompt": ["prompt.token.tokens"],
+    "prompts": ["prompt.pad.border", "prompt.token.tokens"],
 }
 
 
@@ -40,11 +46,11 @@ def prompted(visual: Any, adapt: str, **options: Any) -> ImageTower:
 
 
 def fill(tower: ImageTower) -> Tensor:
-    """Make the prompt one that cannot be overlooked; give it back."""
-    (value,) = tower.prompt.parameters()
-    with torch.no_grad():
-        value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(5)))
-    return value
+    """Make the prompt one that cannot be overlooked; give back its first part."""
+    for value in tower.prompt.parameters():
+        with torch.no_grad():
+            value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(5)))
+    return next(iter(tower.prompt.parameters()))
 
 
 def prompted_clip(folder: Path, adapt: str) -> RobustCLIP:
@@ -114,6 +120,23 @@ def test_prompt_tokens_join_attention_and_are_gone_before_pooling(kind):
 
 
 @torch.no_grad()
+def test_both_prompts_together_are_one_after_the_other():
+    visual = build(VITS["class token"])
+    pixels, tower = make_pixels(visual), prompted(visual, "prompts")
+    border_3N = fill(tower)
+    alone = prompted(build(VITS["class token"]), "token_prompt")
+    alone.visual.load_state_dict(visual.state_dict())
+    fill(alone)
+    height, width = visual.image_size
+    outer_HW = torch.ones(height, width, dtype=torch.bool)
+    outer_HW[3 : height - 3, 3 : width - 3] = False
+    moved = pixels.clone()
+    moved[:, :, outer_HW] += border_3N * tower.std.view(3, 1)  # added after normalisation: in units of it
+    assert torch.allclose(tower(pixels).raw_BD, alone(moved).raw_BD, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(tower(pixels).raw_BD, alone(pixels).raw_BD, atol=1e-2)
+
+
+@torch.no_grad()
 def test_a_tower_that_pools_by_attention_can_have_prompt_tokens():
     visual = build(lambda: VisionTransformer(**VIT, attentional_pool=True, attn_pooler_heads=2))
     tower = prompted(visual, "token_prompt")
@@ -139,10 +162,9 @@ def test_prompts_work_in_bf16(adapt):
 def test_the_prompt_alone_has_a_gradient(tmp_path, adapt):
     model = prompted_clip(tmp_path, adapt)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trainable == [f"image.prompt.{'border' if adapt == 'pad_prompt' else 'tokens'}"]
+    assert trainable == [f"image.{name}" for name in TRAINED[adapt]]
     model.train().encode_image(torch.rand(2, 3, 32, 32)).embed_BD[:, 0].sum().backward()
-    (prompt,) = model.image.prompt.parameters()
-    assert prompt.grad.count_nonzero() == prompt.numel()
+    assert all(prompt.grad.count_nonzero() == prompt.numel() for prompt in model.image.prompt.parameters())
     assert all(parameter.grad is None for parameter in model.image.visual.parameters())
 
 
@@ -164,8 +186,7 @@ def test_training_moves_the_prompt_and_what_the_objective_tunes_of_the_text(tmp_
     before = {name: value.clone() for name, value in trainer.model.trained_state().items()}
     trainer.run()
     moved = {name for name, value in trainer.model.trained_state().items() if not torch.equal(value, before[name])}
-    prompt = "prompt.border" if adapt == "pad_prompt" else "prompt.tokens"
-    assert moved == ({prompt, "text_projection"} if objective == "tima" else {prompt})
+    assert moved == {*TRAINED[adapt], *(["text_projection"] if objective == "tima" else [])}
     loaded, _ = load_trained(LocalSession(tmp_path).saved()[-1])
     pixels = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
@@ -174,7 +195,7 @@ def test_training_moves_the_prompt_and_what_the_objective_tunes_of_the_text(tmp_
 
 def test_a_prompt_starts_alike_in_every_run_and_leaves_the_global_random_stream_alone():
     state = torch.get_rng_state()
-    one, other = (prompted(build(VITS["average"]), "token_prompt").prompt.tokens for _ in range(2))
+    one, other = (prompted(build(VITS["average"]), "token_prompt").prompt.token.tokens for _ in range(2))
     assert torch.equal(one, other) and one.std() > 0
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -208,8 +229,8 @@ def test_the_prompt_is_in_the_trained_state(tmp_path, adapt):
     model, fresh = prompted_clip(tmp_path, adapt), prompted_clip(tmp_path, adapt)
     fill(model.image)
     fresh.load_trained_state(model.trained_state())
-    mine, theirs = (next(iter(made.image.prompt.parameters())) for made in (model, fresh))
-    assert torch.equal(mine, theirs)
+    for mine, theirs in zip(model.image.prompt.parameters(), fresh.image.prompt.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_without_a_prompt_the_names_of_the_trained_state_are_those_of_older_checkpoints(tmp_path):
@@ -219,10 +240,10 @@ def test_without_a_prompt_the_names_of_the_trained_state_are_those_of_older_chec
 
 
 def test_weights_of_another_adaptation_do_not_fit(tmp_path):
-    bare, pad, tokens = tiny_clip(tmp_path), *(prompted_clip(tmp_path, adapt) for adapt in PROMPTS)
+    bare, pad, tokens, both = tiny_clip(tmp_path), *(prompted_clip(tmp_path, adapt) for adapt in PROMPTS)
     fewer = load_model(ModelConfig(name=pad.arch, adapt="token_prompt", prompt_tokens=3))
-    for model, other in ((bare, pad), (pad, bare), (pad, tokens), (fewer, tokens)):
-        with pytest.raises(ValueError, match=r"prompt\.\w+ for one; set model\.adapt, model\.prompt_tokens and"):
+    for model, other in ((bare, pad), (pad, bare), (pad, tokens), (fewer, tokens), (both, pad)):
+        with pytest.raises(ValueError, match=r"prompt\.\w+\.\w+ for one; set model\.adapt, model\.prompt_tokens and"):
             model.load_trained_state(other.trained_state())
 
 
@@ -236,10 +257,11 @@ def test_open_clip_cannot_carry_a_prompt(tmp_path, adapt):
 # Mistakes.
 
 
+@pytest.mark.parametrize("adapt", ["token_prompt", "prompts"])
 @pytest.mark.parametrize("make", [resnet, ANY_TOWER["timm"]], ids=["resnet", "timm"])
-def test_tokens_for_a_tower_that_is_no_vit_are_an_error_in_a_sentence(make):
-    with pytest.raises(ValueError, match=r"^model\.adapt=token_prompt: .*; use model\.adapt=pad_prompt"):
-        prompted(build(make), "token_prompt")
+def test_tokens_for_a_tower_that_is_no_vit_are_an_error_in_a_sentence(make, adapt):
+    with pytest.raises(ValueError, match=rf"^model\.adapt={adapt}: .*; use model\.adapt=pad_prompt"):
+        prompted(build(make), adapt)
 
 
 @pytest.mark.parametrize(("pixels", "fits"), [(15, True), (16, False), (30, False)])
@@ -248,7 +270,7 @@ def test_a_border_leaves_some_of_the_image(pixels: int, fits: bool):
         return prompted(build(VITS["average"]), "pad_prompt", prompt_pixels=pixels)
 
     if fits:
-        assert make().prompt.border.shape == (3, 32 * 32 - 2 * 2)
+        assert make().prompt.pad.border.shape == (3, 32 * 32 - 2 * 2)
         return
     with pytest.raises(ValueError, match=rf"^model\.prompt_pixels={pixels}: .* of 32 x 32 pixels; use at most 15$"):
         make()
@@ -257,7 +279,10 @@ def test_a_border_leaves_some_of_the_image(pixels: int, fits: bool):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("model.adapt=prompt", r"model\.adapt=.prompt.: should be 'weights', 'token_prompt' or 'pad_prompt'"),
+        (
+            "model.adapt=prompt",
+            r"model\.adapt=.prompt.: should be 'weights', 'token_prompt', 'pad_prompt' or 'prompts'",
+        ),
         ("model.prompt_tokens=0", r"model\.prompt_tokens=0: should be at least 1"),
         ("model.prompt_pixels=0", r"model\.prompt_pixels=0: should be at least 1"),
         ("model.attention_cap=1.5", r"model\.attention_cap=1\.5: should be at most 1"),

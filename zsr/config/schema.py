@@ -34,12 +34,13 @@ class ModelConfig(Config):
     compile: bool = False
     """Compile the blocks of a ViT with torch.compile: a minute at the start for some per cent a step (docs/measurements.md).
     Where nothing can be compiled, a warning says so and training goes on without."""
-    adapt: Literal["weights", "token_prompt", "pad_prompt"] = "weights"
-    """What fine-tuning changes: the image tower's weights, or a prompt in front of the frozen tower (zsr/models/prompts.py)."""
+    adapt: Literal["weights", "token_prompt", "pad_prompt", "prompts"] = "weights"
+    """What fine-tuning changes: the image tower's weights, or prompts in front of the frozen tower (zsr/models/prompts.py):
+    tokens, a border, or, with ``prompts``, both."""
     prompt_tokens: Count = 10
-    """Of ``token_prompt``: how many tokens a ViT gets beside its patches."""
+    """Of a token prompt: how many tokens a ViT gets beside its patches."""
     prompt_pixels: Count = 30
-    """Of ``pad_prompt``: width of the border that is added to the image."""
+    """Of a padding prompt: width of the border that is added to the image."""
     attention_cap: Annotated[float, Field(ge=0, le=1)] = 0.0
     """RAM (zsr/models/robust_attention.py): most weight that the image tower's attention may give one key; 0 is off."""
     attention_drop: Annotated[float, Field(ge=0, lt=1)] = 0.0

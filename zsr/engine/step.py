@@ -158,8 +158,15 @@ class TrainStep:
 
     def _see_frozen(self, image_BCHW: Tensor, tokens: bool) -> ImageFeatures:
         assert self.frozen is not None
-        with torch.no_grad():
-            features: ImageFeatures = self.frozen(image_BCHW, tokens)
+        # torch's attention for inference rounds otherwise than the one that is trained: a distance to what the tower began as
+        # would not begin at zero, and one that is not squared would pull with its full gradient.
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with torch.no_grad():
+                features: ImageFeatures = self.frozen(image_BCHW, tokens)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
         return features
 
     @torch.no_grad()

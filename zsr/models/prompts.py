@@ -1,14 +1,14 @@
 """Visual prompts: what is learned in front of a frozen image tower, in place of its weights.
 
-Both are TeCoA's (Mao et al., ICLR 2023, arXiv 2212.07016), which trains them with SGD at a learning rate of 40 and in fact
-uses both at once; here a run has one. Placement as in the official code, starts as said below.
+Both are TeCoA's (Mao et al., ICLR 2023, arXiv 2212.07016), which trains them together, with SGD at a learning rate of 40; here
+a run has either or both. Placement as in the official code, starts as said below.
 
 Shapes: B images, E width inside the tower, L tokens of a sequence, N prompt tokens or border pixels, H x W pixels.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ class PadPrompt(nn.Module):
         border: ``[3, N]``, the border's values row by row, in units of the normalised image.
     """
 
-    adapt: ClassVar[str] = "pad_prompt"
     index_N: Tensor
 
     def __init__(self, image_size: tuple[int, int], pixels: int) -> None:
@@ -55,8 +54,6 @@ class TokenPrompt(nn.Module):
         tokens: ``[N, E]``.
     """
 
-    adapt: ClassVar[str] = "token_prompt"
-
     def __init__(self, width: int, num_tokens: int) -> None:
         super().__init__()
         self.tokens = nn.Parameter(torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(0)))
@@ -67,7 +64,19 @@ class TokenPrompt(nn.Module):
         return torch.cat([x_BLE, prompt_NE.expand(len(x_BLE), -1, -1)], dim=1)
 
 
-def make_prompt(config: ModelConfig, visual: nn.Module, is_vit: bool) -> PadPrompt | TokenPrompt | None:
+class Prompt(nn.Module):
+    """What is trained of a tower with prompts: a border, tokens, or both.
+
+    Attributes:
+        adapt: the setting that asked for it.
+    """
+
+    def __init__(self, adapt: str, pad: PadPrompt | None, token: TokenPrompt | None) -> None:
+        super().__init__()
+        self.adapt, self.pad, self.token = adapt, pad, token
+
+
+def make_prompt(config: ModelConfig, visual: nn.Module, is_vit: bool) -> Prompt | None:
     """The prompt that the settings ask for; None where weights are trained.
 
     Raises:
@@ -75,13 +84,21 @@ def make_prompt(config: ModelConfig, visual: nn.Module, is_vit: bool) -> PadProm
     """
     if config.adapt == "weights":
         return None
-    if config.adapt == "token_prompt":
-        if not is_vit:
-            raise ValueError(
-                f"model.adapt=token_prompt: tokens can be added to open_clip's ViTs only, and the image tower of {config.name} "
-                f"is a {type(visual).__name__}; use model.adapt=pad_prompt, or another model.name"
-            )
-        return TokenPrompt(cast(Any, visual).transformer.width, config.prompt_tokens)
+    pad = None if config.adapt == "token_prompt" else _pad_prompt(config, visual)
+    token = None if config.adapt == "pad_prompt" else _token_prompt(config, visual, is_vit)
+    return Prompt(config.adapt, pad, token)
+
+
+def _token_prompt(config: ModelConfig, visual: nn.Module, is_vit: bool) -> TokenPrompt:
+    if not is_vit:
+        raise ValueError(
+            f"model.adapt={config.adapt}: tokens can be added to open_clip's ViTs only, and the image tower of {config.name} "
+            f"is a {type(visual).__name__}; use model.adapt=pad_prompt, or another model.name"
+        )
+    return TokenPrompt(cast(Any, visual).transformer.width, config.prompt_tokens)
+
+
+def _pad_prompt(config: ModelConfig, visual: nn.Module) -> PadPrompt:
     size = cast(Any, visual).image_size
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     most = (min(height, width) - 1) // 2

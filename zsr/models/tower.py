@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zsr.config.schema import ModelConfig, Precision
 from zsr.models.fast_last_block import can_skip_patches, class_token_of
-from zsr.models.prompts import PadPrompt, TokenPrompt, make_prompt
+from zsr.models.prompts import Prompt, make_prompt
 from zsr.models.robust_attention import HiddenColumns, use_plain_attention, use_robust_attention
 
 
@@ -69,7 +69,7 @@ class ImageTower(nn.Module):
         self.is_vit, self.is_resnet = _family(visual)
         self.tokens_missing = "" if self.is_resnet else _why_no_tokens(visual, self.is_vit)
         self.grid = (0, 0) if self.tokens_missing else _grid(visual)
-        self.prompt: PadPrompt | TokenPrompt | None = None
+        self.prompt: Prompt | None = None
         self.columns: HiddenColumns | None = None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -137,8 +137,8 @@ class ImageTower(nn.Module):
         encode = self._encode_vit if self.is_vit else self._encode_resnet if self.is_resnet else self._encode_other
         with torch.autocast(image_BCHW.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             input_BCHW = (image_BCHW - self.mean) / self.std
-            if isinstance(self.prompt, PadPrompt):
-                input_BCHW = self.prompt(input_BCHW)
+            if self.prompt is not None and self.prompt.pad is not None:
+                input_BCHW = self.prompt.pad(input_BCHW)
             raw_BD, class_BD, tokens_BPD = encode(input_BCHW, tokens)
         raw_BD = raw_BD.float()
         embed_BD = F.normalize(raw_BD, dim=-1)
@@ -154,8 +154,8 @@ class ImageTower(nn.Module):
         # In float32 whatever comes after: bfloat16 has eight bits, in which a perturbation of 1/255 is two steps.
         with torch.autocast(input_BCHW.device.type, enabled=False):
             x_BLE = visual._embeds(input_BCHW)
-        if isinstance(self.prompt, TokenPrompt):
-            x_BLE = visual.transformer(self.prompt(x_BLE, visual.ln_pre))[:, : x_BLE.shape[1]]
+        if self.prompt is not None and self.prompt.token is not None:
+            x_BLE = visual.transformer(self.prompt.token(x_BLE, visual.ln_pre))[:, : x_BLE.shape[1]]
         elif not tokens and can_skip_patches(visual):
             x_BLE = class_token_of(visual.transformer, x_BLE)
         else:

@@ -4,13 +4,13 @@
 
     L_con = mean over samples and over ordered pairs (a, b), a != b, of the views {x_a, x, high(x)} of one sample, of
             -log [ e^{<v_a, v_b> / tau} / (e^{<v_a, v_b> / tau} + sum_{c in N(y)} e^{<v_a, t_c> / tau}) ]
-    x_a   = argmax of CE + w_contrast L_con on the pair (x_a, x) + w_pseudo CE to the pseudo-label
+    x_a   = argmax of CE + w_contrast L_con of the pair (x_a, x) + w_pseudo CE to the pseudo-label
 
 Cost: 2 units per attack step + 10: three trained views and the frozen clean one; PGD-2 takes 14. Without the
 high-frequency view 3 less, without contrast 6 less, without pseudo-labels 1 less.
 
 Carried over to CLIP: contrast (NT-Xent, tau 0.5) of each sample's attacked, clean and high-frequency view; cross-entropy
-with pseudo-labels, weight 0.2, on the attacked image; the joint attack.
+with pseudo-labels, weight 0.2, on the attacked image; an attack on contrast and pseudo-labels.
 
 What differs, and why:
 
@@ -22,10 +22,11 @@ What differs, and why:
   head takes the place of five cluster heads.
 - Cross-entropy on true labels, weight 1, is added: here one tunes a classifier, the authors pre-train without labels.
 - Two random augmentations: this lineage trains without; the clean and the attacked image are the two views.
+- One attacked image serves all terms, and the attack's contrast has it and the clean image. The authors' code makes two, one
+  against the contrast with both augmentations and the high-frequency view, one against the pseudo-labels' cross-entropy.
+- The authors' code does not bring the filtered image back into [0, 1]; ``high_frequency`` has two ways, since towers here take
+  pixels.
 - Not carried over: batch norms split by the kind of image (ViTs have none), and pre-training from scratch.
-
-**Uncertain**: how the authors bring the filtered image back into [0, 1], if they do, was not read; ``high_frequency`` has
-two ways. That pseudo-labels are learned from the attacked image alone, not from the clean one too, is from memory.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class AdvclConfig(ObjectiveConfig):
     radius: Positive = 8.0
     """Frequencies below this, in cycles per image, are removed. Theirs is 8 on images of 32 pixels."""
     attack: Literal["joint", "ce"] = "joint"
-    """What training's attack maximises: all terms, as the authors' does, or cross-entropy alone, as evaluation does."""
+    """What training's attack maximises: all terms, or cross-entropy alone, as evaluation does."""
 
 
 class Advcl(Objective[AdvclConfig]):

@@ -9,8 +9,9 @@ Cost: 2 units per attack step + 4, 3 more with ``weight_clean``; PGD-2 takes 8, 
 once frozen embeddings are kept by sample.
 
 What differs from the authors' code (METHODS.md 8): the clean pass is made only where its term has a weight; theirs runs it
-in every step, with a graph, for the log. Frozen embeddings can be kept by sample; theirs are made anew in each epoch. Their
-attack is PGD with momentum; which attack is used is no setting of the objective's.
+in every step, with a graph, for the log. Where it has a weight w, theirs is 1 - w and w; here the attacked term keeps 1. Frozen
+embeddings can be kept by sample; theirs are made anew in each epoch. Their attack is PGD with a momentum of 0.9 on signs, and
+takes the sign of the sum in every step: as 0.9 < 1, that is the last gradient's sign wherever there is one, and plain PGD.
 
 ``distance=cosine`` is Sim-CLIP (arXiv 2407.14971) as its code runs: the paper's symmetric loss has a second half, which the
 frozen model of the code leaves without a gradient, so that -cos(f(x_a), f_0(x)) / 2 is left. Its attack stays that of FARE.
@@ -33,7 +34,7 @@ class FareConfig(ObjectiveConfig):
     distance: Literal["l2", "cosine"] = "l2"
     """Of the loss, both terms: |a - b|^2 of embeddings before normalisation (FARE), or -cos(a, b) / 2 (Sim-CLIP)."""
     weight_clean: Weight = 0.0
-    """Of the distance of the original image's embedding; the authors' option, 0 in their published runs."""
+    """Of the distance of the original image's embedding; 0 in the authors' published runs."""
 
 
 class Fare(Objective[FareConfig]):

@@ -1,9 +1,9 @@
 """TGA-ZSR: text-guided attention (Yu, Zhang and Xu, NeurIPS 2024, arXiv 2410.21802).
 
-    L = CE(s <v(x_a), t>, y) + w_ar ||A(x_a) - A_0(x)|| + w_amc ||A(x) - A_0(x)||,   A(x) = normalise(resize(F(x) t_y))
+    L = CE(s <v(x_a), t>, y) + w_ar ||A(x_a) - A_0(x)|| + w_amc ||A(x) - A_0(x)||,   A(x) = resize(minmax(F(x) t_y))
 
-with F(x) the projected patch tokens, t_y the true class's prompt, A_0 the frozen model, norms un-squared over 224 x 224
-pixels and means over the batch (the paper's L_AR and L_AMC; METHODS.md 3.1).
+F(x) are the projected patch tokens, each channel divided by its norm over the tokens; t_y is the true class's prompt, A_0 the
+frozen model's map. Norms are un-squared over 224 x 224 pixels, means over the batch (L_AR and L_AMC; METHODS.md 3.1).
 
 Cost: 2 units per attack step + 3, three more for the clean view (``weight_amc``), one more for the frozen map unless it is
 kept by sample; PGD-2 takes 11, or 10 from the second epoch on with ``train.cache_frozen``, which keeps 49 numbers a sample
@@ -11,8 +11,8 @@ for ViT-B/32.
 
 Paper and official code differ in two places, both options here; the defaults are the code's, since it made the published
 numbers and the weights belong to it. ``map_axis``: the code divides each channel by its norm over the tokens, so its map
-is no map of cosines. ``map_order``: the code normalises before it resizes. "Normalise" is min-max in the code; that the
-paper means the same over pixels is an assumption.
+is no map of cosines; the paper divides each token by its own. ``map_order``: the code normalises before it resizes, the paper
+after. "Normalise" is min-max in the code; that the paper means the same over pixels is an assumption.
 
 What differs from the code, and why: logits and map come from one forward pass, the code runs it twice; no map is made at
 224 x 224, since the norm follows exactly from a map's patches (zsr/objectives/attention_map.py); a constant map is 0, not
