@@ -235,11 +235,16 @@ def weighted_sum(weights: Mapping[str, float], terms: Mapping[str, Tensor]) -> T
     return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
 
+def kl_per_sample(first_logits_BC: Tensor, second_logits_BC: Tensor) -> Tensor:
+    """``KL(softmax(first) || softmax(second))`` of each row, ``[B]``, with the gradient of both."""
+    first_BC, second_BC = first_logits_BC.log_softmax(-1), second_logits_BC.log_softmax(-1)
+    return F.kl_div(second_BC, first_BC, reduction="none", log_target=True).sum(-1)
+
+
 def kl_divergence(target_logits_BC: Tensor, logits_BC: Tensor, temperature: float = 1.0) -> Tensor:
     """``T^2 * mean_B KL(softmax(target / T) || softmax(logits / T))``; the target is a constant."""
-    target = F.log_softmax(target_logits_BC.detach() / temperature, dim=-1)
-    log_prob = F.log_softmax(logits_BC / temperature, dim=-1)
-    return temperature**2 * F.kl_div(log_prob, target, reduction="batchmean", log_target=True)
+    divergence_B = kl_per_sample(target_logits_BC.detach() / temperature, logits_BC / temperature)
+    return temperature**2 * divergence_B.mean()
 
 
 def pairs_of_different_classes(duplicate_CC: Tensor) -> Tensor:

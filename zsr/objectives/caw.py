@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zsr.config.base import Weight
-from zsr.objectives.base import LossOutput, Objective, ObjectiveConfig, StepContext, View, weighted_sum
+from zsr.objectives.base import LossOutput, Objective, ObjectiveConfig, StepContext, View, kl_per_sample, weighted_sum
 
 
 class CawConfig(ObjectiveConfig):
@@ -71,11 +71,8 @@ class Caw(Objective[CawConfig]):
         return LossOutput(weighted_sum(weights, terms), terms)
 
     def _confidence_loss(self, ctx: StepContext, logits_BC: Tensor) -> Tensor:
-        log_adv_BC = F.log_softmax(logits_BC, dim=-1)
-        log_clean_BC = F.log_softmax(ctx.logits(ctx.frozen_clean_embed_BD.detach()), dim=-1)
-        first_BC, second_BC = log_adv_BC, log_clean_BC
-        if self.config.kl_order == "target_adv":
-            first_BC, second_BC = log_clean_BC, log_adv_BC
-        divergence_B = F.kl_div(second_BC, first_BC, reduction="none", log_target=True).sum(-1)
-        doubt_B = -torch.expm1(log_adv_BC.gather(1, ctx.label_B[:, None])[:, 0])
+        clean_BC = ctx.logits(ctx.frozen_clean_embed_BD.detach())
+        pair = (logits_BC, clean_BC) if self.config.kl_order == "adv_target" else (clean_BC, logits_BC)
+        divergence_B = kl_per_sample(*pair)
+        doubt_B = -torch.expm1(logits_BC.log_softmax(-1).gather(1, ctx.label_B[:, None])[:, 0])
         return ((doubt_B.detach() if self.config.detach_weight else doubt_B) * divergence_B).mean()

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zsr.config.base import Weight
-from zsr.objectives.base import LossOutput, Objective, ObjectiveConfig, StepContext, View, weighted_sum
+from zsr.objectives.base import LossOutput, Objective, ObjectiveConfig, StepContext, View, kl_per_sample, weighted_sum
 
 
 class PmgAftConfig(ObjectiveConfig):
@@ -72,14 +72,10 @@ class PmgAft(Objective[PmgAftConfig]):
 
     def _divergence(self, ctx: StepContext, target_BC: Tensor, logits_BC: Tensor) -> Tensor:
         """The divergence of two sets of logits in the configured order and reduction."""
-        log_target_BC, log_adv_BC = F.log_softmax(target_BC, dim=-1), F.log_softmax(logits_BC, dim=-1)
-        first_BC, second_BC = log_target_BC, log_adv_BC
-        if self.config.kl_order == "adv_target":
-            first_BC, second_BC = log_adv_BC, log_target_BC
-        mean = F.kl_div(second_BC, first_BC, reduction="batchmean", log_target=True)
+        pair = (target_BC, logits_BC) if self.config.kl_order == "target_adv" else (logits_BC, target_BC)
+        mean = kl_per_sample(*pair).mean()
         num_samples, num_classes = target_BC.shape
-        if (
-            self.config.reduction == "sum"
-        ):  # workers' gradients are averaged: a sum over this one's share would shrink with it
+        if self.config.reduction == "sum":
+            # Workers' gradients are averaged: a sum over this one's share would shrink with it.
             return mean * (ctx.global_batch or num_samples)
         return mean / num_classes if self.config.reduction == "mean" else mean

@@ -33,6 +33,7 @@ from zsr.objectives.base import (
     StepContext,
     View,
     kl_divergence,
+    kl_per_sample,
     weighted_sum,
 )
 
@@ -75,7 +76,7 @@ class Regmix(Objective[RegmixConfig]):
         if config.weight_main:
             terms["main"] = kl_divergence(ctx.logits(ctx.start.embed_BD), logits_BC)
         if config.weight_auxiliary:
-            terms["auxiliary"] = _live_kl(logits_BC, ctx.logits(ctx.start.embed_BD))
+            terms["auxiliary"] = kl_per_sample(logits_BC, ctx.logits(ctx.start.embed_BD)).mean()
         if config.weight_clean:
             terms["clean"] = self._clean_divergence(ctx, logits_BC)
         weights = {
@@ -91,9 +92,4 @@ class Regmix(Objective[RegmixConfig]):
             return kl_divergence(ctx.logits(ctx.frozen_clean_embed_BD), logits_BC)
         if self.config.clean_target == "live":
             return kl_divergence(ctx.logits(ctx.clean_fixed.embed_BD), logits_BC)
-        return _live_kl(ctx.logits(ctx.clean.embed_BD), logits_BC)
-
-
-def _live_kl(first_BC: Tensor, second_BC: Tensor) -> Tensor:
-    """``mean_B KL(softmax(first) || softmax(second))`` with the gradient of both."""
-    return F.kl_div(second_BC.log_softmax(-1), first_BC.log_softmax(-1), reduction="batchmean", log_target=True)
+        return kl_per_sample(ctx.logits(ctx.clean.embed_BD), logits_BC).mean()
