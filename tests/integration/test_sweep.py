@@ -152,6 +152,24 @@ def test_a_killed_sweep_resumes_and_repeats_no_finished_trial(
     assert leftovers(head) == [], "stopped and finished trials give their places back"
 
 
+def test_a_stopped_job_closes_its_record_and_says_how_to_go_on(
+    command: Command, head: dict[str, str], tmp_path: Path
+) -> None:
+    """``ray job stop`` sends SIGTERM, for which Ray has a handler of its own."""
+    (tmp_path / "diary" / "hang").write_text("trial=0")
+    driver = command.start("--workers-per-trial", "1", "--max-concurrent", "1")
+    deadline = time.monotonic() + PATIENCE_S
+    while not any(trial["state"] == "running" and trial["history"] for trial in command.trials().values()):
+        assert time.monotonic() < deadline and driver.poll() is None, driver.stdout and driver.stdout.read()
+        time.sleep(0.1)
+    driver.send_signal(signal.SIGTERM)
+    output, _ = driver.communicate(timeout=PATIENCE_S)
+    assert driver.returncode == 130, output
+    assert "stopped=yes note='go on with --resume'" in output
+    assert "SIGTERM received" not in output and "Traceback" not in output
+    assert leftovers(head) == []
+
+
 def test_a_sweep_does_not_choose_a_model_whose_gradients_vanish(
     head: dict[str, str], small_shards: Path, tmp_path: Path
 ) -> None:

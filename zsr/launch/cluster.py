@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import warnings
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def quiet_environment() -> None:
 def attach(worker_output: bool = True) -> Capacity:
     """Join the cluster of ``RAY_ADDRESS``, or one that runs here, or start one.
 
+    A handler of SIGTERM that is set before stays.
+
     Args:
         worker_output: show what worker processes print.
 
@@ -55,12 +58,15 @@ def attach(worker_output: bool = True) -> Capacity:
     os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     context = ray.init(
         include_dashboard=None if os.environ.get("RAY_ADDRESS") else True,
         ignore_reinit_error=True,
         log_to_driver=worker_output,
         logging_level=logging.ERROR,
     )
+    if callable(on_sigterm) and signal.getsignal(signal.SIGTERM) is not on_sigterm:
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints a stack and leaves at once
     if not context.dashboard_url:
         raise RuntimeError(
             "the Ray cluster has no dashboard, without which stopped trials keep their places: install ray[default] "

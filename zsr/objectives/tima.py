@@ -68,8 +68,8 @@ class TimaConfig(ObjectiveConfig):
     weight_mhe: Weight = 1.0
     weight_iakd: Weight = 1.0
     weight_sc: Weight = 1.0
-    """aaai26: of semantic consistency beside the energy, both times ``weight_mhe``. Where classes are nearly orthogonal to begin
-    with, 10 leaves the energy nothing to do (docs/tima_acceptance.md)."""
+    """aaai26: of semantic consistency beside the energy, both times ``weight_mhe``. Where classes are nearly orthogonal from
+    the start, 10 leaves the energy nothing to do (docs/tima_acceptance.md)."""
     sc_form: Literal["correlation", "affine"] = "correlation"
     """aaai26: 1 - correlation with the original similarities, a smooth stand-in for rank correlation; or the residual of their
     best affine map, min over a >= 0, b of the mean of (<t_i, t_j> - a <t0_i, t0_j> - b)^2. The latter vanishes at a = 0,
