@@ -83,7 +83,7 @@ COMPARISON = Comparison(
             defence={"name": "ttc"},
             num_samples=150,
         ),
-        # A sample that withstands the whole cascade costs a quarter of a minute: few images of one seed, to see what APGD leaves.
+        # Withstanding the whole cascade costs a quarter of a minute: few images of one seed, to see what APGD leaves.
         Measure(
             "AutoAttack",
             sets=SETS[:1],
