@@ -258,6 +258,13 @@ def test_encoder_passes_are_those_that_the_cost_says(tmp_path, name, steps):
     assert not text_passes
 
 
+def test_an_attack_without_a_step_starts_where_it_ends(tmp_path):
+    _, terms, _ = make(tmp_path, "regmix", steps=0).run()  # the divergence of the attack's first and last prediction
+    _, stepped, _ = make(tmp_path, "regmix", steps=1).run()
+    assert [terms["main"], terms["auxiliary"]] == pytest.approx([0, 0], abs=1e-7)
+    assert stepped["main"] > 1e-5
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_file_says_what_it_is_and_what_it_costs(name):
     described = entry(name)

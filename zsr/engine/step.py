@@ -107,9 +107,9 @@ class TrainStep:
             if view in FROZEN_VIEWS:
                 return self._see_frozen(images[view], tokens)
             if view == "start":
-                # Normally the attack has left it; an attack without a step sees nothing.
+                # Normally the attack has left it; one without a step sees nothing, and ends where it starts.
                 with torch.no_grad(), input_gradients_only(self.model.image):
-                    return self.model.encode_image(image_BCHW, tokens)
+                    return self.model.encode_image(images["adv"], tokens)
             assert not attacking, f"{self.objective.config.name} reads {view} in its attack: name it in attack_views"
             if view == "clean_fixed":
                 with torch.no_grad():
