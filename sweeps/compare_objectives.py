@@ -87,7 +87,7 @@ COMPARISON = Comparison(
         Measure(
             "AutoAttack",
             sets=SETS[:1],
-            eps=BUDGETS[1:],
+            eps=BUDGETS[2:],
             attacks={"APGD": APGD, "AutoAttack": {"name": "autoattack", "version": "standard"}},
             num_samples=16,
             num_seeds=1,
