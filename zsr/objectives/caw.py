@@ -11,7 +11,7 @@ Cost: 2 units per attack step + 3, 1 more for L_CA (frozen clean predictions, no
 for L_Reg (the frozen model on the attacked image, in every step). PGD-2 takes 9.
 
 No code was released, so there is none to differ from. **Uncertain**: the formulas are those of a third-party note of the
-paper (METHODS.md 5), which agrees with its abstract. Neither says what the two weights are - 1 is a placeholder here, not
+paper (METHODS.md 5), which agrees with its abstract. Neither says what the two weights are - 1 is the choice made here, not
 the published value - whether the confidence weight is a constant (``detach_weight``), or whether the features of L_Reg are
 normalised (``normalize_features``). KL(adversarial || clean) is reported to do better than the reverse (``kl_order``).
 """
